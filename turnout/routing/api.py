@@ -1,0 +1,229 @@
+"""``turnout.route``: what goes in, what is checked, which implementation runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from turnout.contracts import Contract
+from turnout.routing import ops as _ops  # registers the operators
+from turnout.spec import RouterSpec
+from turnout.types import Routing, RoutingInputs
+
+IMPLS = ("reference", "triton", "cpu")
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_INPUTS = RoutingInputs()
+_UNSUPPORTED_INPUTS = tuple(
+    {field.name for field in dataclasses.fields(RoutingInputs)}
+    - {"per_expert_scale", "is_padding", "num_valid_tokens"}
+)
+_SUPPORTED_FIELDS = {
+    "num_experts", "top_k", "input_norm", "input_norm_eps", "projection_dtype", "router_bias", "sorted",
+    "renormalize", "routed_scaling_factor", "per_expert_scale", "weights_rounding",
+}  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """An implementation, and why it was chosen."""
+
+    impl: str
+    reason: str
+
+
+def route(
+    router_logits: torch.Tensor,
+    spec: RouterSpec,
+    contract: Contract,
+    inputs: RoutingInputs | None = None,
+    *,
+    out: Routing | Sequence[torch.Tensor] | None = None,
+    impl: str = "auto",
+) -> Routing:
+    """Choose K of E experts for each token, and write ids and weights as the consumer reads them.
+
+    One launch on a GPU, one pass over each row on a CPU; the ids and weights are stored in the contract's
+    dtypes by that launch. For any bit pattern of the logits the K ids of a row are distinct and in range, in
+    descending order of the logit (ties to the lowest id, NaN below every number), and the weights are finite:
+    entries of +inf share the mass, -inf and NaN get 0, and where nothing else was selected all K share alike.
+    A row's result does not depend on the other rows.
+
+    Args:
+        router_logits: [T, E] float32, bfloat16 or float16; rows may be strided, T may be 0.
+        spec: what the model computes.
+        contract: what the consumer reads.
+        inputs: the per-call tensors that the spec names (per_expert_scale), and padding, if any.
+        out: buffers to write into: a `Routing` or ``(topk_weights, topk_ids)``, contiguous [T, K] of the
+            contract's dtypes on the logits' device.
+        impl: ``"auto"``, or one of ``"reference"``, ``"triton"``, ``"cpu"``; a named one runs or raises.
+
+    Returns:
+        `Routing` with ``topk_weights`` [T, K] and ``topk_ids`` [T, K].
+
+    Raises:
+        ValueError: an argument does not fit the others; the message says what was given and what is wanted.
+        TypeError: an argument is not of its type.
+        NotImplementedError: the spec, contract or inputs ask for something by name that is not there yet.
+    """
+    inputs = _NO_INPUTS if inputs is None else inputs
+    _check_kinds(spec, contract, inputs)
+    declarations = _check_declarations(spec, contract)
+    _check_logits(router_logits, spec)
+    _check_inputs(router_logits, spec, contract, inputs)
+    if impl == "auto":
+        impl = choose_impl(router_logits).impl
+    elif impl not in IMPLS:
+        raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}; got {impl!r}")
+    arguments = (
+        router_logits, declarations, impl, inputs.per_expert_scale, inputs.is_padding, inputs.num_valid_tokens
+    )  # fmt: skip
+    if out is None:
+        return Routing(*torch.ops.turnout.route.default(*arguments))
+    topk_weights, topk_ids = _check_out(out, router_logits, spec, contract)
+    torch.ops.turnout.route_out.default(*arguments, topk_weights=topk_weights, topk_ids=topk_ids)
+    return Routing(topk_weights, topk_ids)
+
+
+def choose_impl(router_logits: torch.Tensor) -> Choice:
+    """The implementation that ``impl="auto"`` takes for these logits, and the reason."""
+    if router_logits.is_cuda:  # what torch calls ROCm devices, too
+        return _TRITON_ON_CUDA
+    if router_logits.is_cpu:
+        return _CPU
+    if router_logits.is_xpu:
+        return _TRITON_ON_XPU
+    return Choice("reference", f"no kernel for device type {router_logits.device.type!r}: plain torch operations")
+
+
+_TRITON_ON_CUDA = Choice("triton", "logits on a CUDA or ROCm device: one launch")
+_TRITON_ON_XPU = Choice("triton", "logits on an XPU: one launch")
+_CPU = Choice("cpu", "logits on a CPU: one pass over each row")
+
+
+def _check_kinds(spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
+    if not isinstance(spec, RouterSpec):
+        raise TypeError(f"spec must be a turnout.RouterSpec, got {type(spec).__name__}")
+    if not isinstance(contract, Contract):
+        raise TypeError(
+            f"contract must be a turnout.Contract, got {type(contract).__name__}; turnout.contracts[name] holds "
+            "those of known consumers"
+        )
+    if not isinstance(inputs, RoutingInputs):
+        raise TypeError(f"inputs must be a turnout.RoutingInputs, got {type(inputs).__name__}")
+
+
+@functools.cache
+def _check_declarations(spec: RouterSpec, contract: Contract) -> str:
+    """What can be said before any tensor is seen, once for each pair; returns what the operators take."""
+    for field in dataclasses.fields(spec):
+        if field.name not in _SUPPORTED_FIELDS and getattr(spec, field.name) != field.default:
+            raise NotImplementedError(
+                f"route does not run {field.name}={getattr(spec, field.name)!r} yet (RouterSpec.{field.name})"
+            )
+    if contract.structures:
+        raise NotImplementedError(
+            f"route does not write {', '.join(contract.structures)} yet (Contract.structures); for ids and weights "
+            "alone pass dataclasses.replace(contract, structures=())"
+        )
+    if contract.id_space != "logical":
+        raise NotImplementedError(f"route does not map ids to id_space={contract.id_space!r} yet")
+    if spec.num_experts - 1 > torch.iinfo(contract.ids_dtype).max:
+        raise ValueError(
+            f"ids_dtype={contract.ids_dtype} cannot hold the ids of {spec.num_experts} experts; "
+            "choose a contract with a wider dtype"
+        )
+    if isinstance(contract.sentinel, int) and 0 <= contract.sentinel < spec.num_experts:
+        raise ValueError(
+            f"sentinel={contract.sentinel} is the id of an expert (num_experts={spec.num_experts}); "
+            "it must lie outside, for instance -1 or 'num_experts'"
+        )
+    if contract.sentinel == "num_experts" and spec.num_experts > torch.iinfo(contract.ids_dtype).max:
+        raise ValueError(f"ids_dtype={contract.ids_dtype} cannot hold the sentinel {spec.num_experts}")
+    return _ops.declarations(spec, contract)
+
+
+def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
+    if not isinstance(router_logits, torch.Tensor):
+        raise TypeError(f"router_logits must be a tensor [T, E], got {type(router_logits).__name__}")
+    if router_logits.dim() != 2:
+        raise ValueError(
+            f"router_logits must be [T, E], got shape {list(router_logits.shape)}; flatten leading dimensions "
+            f"with router_logits.view(-1, {spec.num_experts})"
+        )
+    if router_logits.shape[1] != spec.num_experts:
+        raise ValueError(
+            f"router_logits has {router_logits.shape[1]} columns, the spec has num_experts={spec.num_experts}"
+        )
+    if router_logits.dtype not in LOGITS_DTYPES:
+        raise ValueError(f"router_logits must be float32, bfloat16 or float16, got {router_logits.dtype}")
+    if router_logits.stride(1) != 1 and router_logits.shape[1] > 1:
+        raise ValueError(
+            f"router_logits must have contiguous rows, got strides {router_logits.stride()}; rows may lie apart, "
+            "columns may not: pass router_logits.contiguous() if the copy is meant"
+        )
+    if router_logits.requires_grad:
+        raise ValueError(
+            "router_logits requires grad, and turnout routes for inference only: call it under torch.no_grad(), "
+            "or pass router_logits.detach()"
+        )
+
+
+def _check_inputs(
+    router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs
+) -> None:
+    for field in _UNSUPPORTED_INPUTS:
+        if getattr(inputs, field) is not None:
+            raise NotImplementedError(f"route does not take RoutingInputs.{field} yet")
+    scale = inputs.per_expert_scale
+    if (scale is None) == spec.per_expert_scale:
+        raise ValueError(
+            f"the spec has per_expert_scale={spec.per_expert_scale}, but RoutingInputs.per_expert_scale is "
+            f"{'missing' if scale is None else 'given'}"
+        )
+    num_tokens = router_logits.shape[0]
+    if scale is not None:
+        _check_tensor("per_expert_scale", scale, (spec.num_experts,), LOGITS_DTYPES, router_logits.device)
+    if inputs.is_padding is not None:
+        _check_tensor("is_padding", inputs.is_padding, (num_tokens,), (torch.bool,), router_logits.device)
+    if inputs.num_valid_tokens is not None:
+        _check_tensor("num_valid_tokens", inputs.num_valid_tokens, (1,), (torch.int32,), router_logits.device)
+    if contract.sentinel is None and (inputs.is_padding is not None or inputs.num_valid_tokens is not None):
+        raise ValueError(
+            "padding needs a contract with a sentinel, and this one has sentinel=None; "
+            "give the id that the consumer skips, for instance Contract(..., sentinel=-1)"
+        )
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{name} must be {list(shape)} of {' or '.join(map(str, dtypes))}, "
+            f"got {list(tensor.shape)} of {tensor.dtype}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, router_logits on {device}; move one of them")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad()"
+        )
+
+
+def _check_out(
+    out: Routing | Sequence[torch.Tensor], router_logits: torch.Tensor, spec: RouterSpec, contract: Contract
+) -> tuple[torch.Tensor, torch.Tensor]:
+    buffers = [buffer for buffer in out if buffer is not None]
+    if len(buffers) != 2:
+        raise ValueError(f"out must hold topk_weights and topk_ids, got {len(buffers)} buffers")
+    shape = (router_logits.shape[0], spec.top_k)
+    _check_tensor("out.topk_weights", buffers[0], shape, (contract.weights_dtype,), router_logits.device)
+    _check_tensor("out.topk_ids", buffers[1], shape, (contract.ids_dtype,), router_logits.device)
+    return buffers[0], buffers[1]

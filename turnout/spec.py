@@ -1,0 +1,191 @@
+"""What a model's router computes, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import typing
+from typing import Any, Literal
+
+from turnout.families import spec_fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """A router of a Mixture-of-Experts model, from hidden states to ids and weights.
+
+    The fields follow the computation: projection, score, selection, weights. They express every router
+    family in use; `turnout.route` says by name which values it does not run yet.
+
+    Attributes:
+        num_experts: E, the columns of ``router_logits`` that can be chosen, null experts included.
+        top_k: K, the experts of each token.
+
+        input_norm: ``"rms_scale"``: RMSNorm without weight, x scale [H], x H^-0.5, each rounded to the input's
+            dtype, before the projection; ``"none"``: nothing.
+        input_norm_eps: epsilon of that norm.
+        projection_dtype: ``"input"``: a GEMM in the input's dtype; ``"float32"``: input and weight widened.
+        router_bias: the projection adds a bias [E].
+
+        logit_scale: factor on the logits.
+        logit_softcap: c in ``c * tanh(logits / c)``; None: no cap.
+        scoring_func: the score of each expert: ``"softmax"`` over all E, ``"sigmoid"``, ``"sqrtsoftplus"``, or
+            ``"none"``: the logit itself.
+        score_dtype: ``"float32"``, or ``"input"``: the dtype of the logits.
+
+        e_score_correction_bias: selection ranks score + bias [E]; weights use the score alone.
+        num_expert_group: groups of equal size; 1: none.
+        topk_group: groups kept by the selection.
+        group_score: a group's score: its ``"max"``, or the sum of its two best, ``"top2_sum"``.
+        group_fill: the score of experts outside the kept groups, ``"-inf"`` or ``"zero"``.
+        hash_routing: ids come from a table indexed by token id, not from a selection.
+        sorted: ids are in descending ranked value; False: the order is not part of the answer.
+
+        selected_score: function applied to the K selected values: ``"none"``, ``"softmax"`` or ``"sigmoid"``.
+        renormalize: divide the K weights by their norm.
+        renormalize_order: p of that norm (1: the sum).
+        renormalize_eps: added to it.
+        renormalize_min: lower bound of it.
+        routed_scaling_factor: factor on the weights.
+        per_expert_scale: weights are multiplied by a parameter [E] at the chosen expert.
+        divide_by_top_k: weights are divided by K at the end.
+        weights_rounding: ``"none"``, or ``"input"``: the model rounds the weights to the dtype of its logits.
+        apply_router_weight_on: where the weight enters: the experts' ``"output"`` or ``"input"``.
+
+        num_null_experts: the last ids of E that do nothing (zero or identity experts).
+        num_shared_columns: further columns of ``router_logits`` for always-on shared experts, normalised
+            together with the chosen ones.
+
+    Example:
+        >>> RouterSpec(num_experts=128, top_k=8, scoring_func="softmax", renormalize=True)
+        RouterSpec(num_experts=128, top_k=8, renormalize=True)
+    """
+
+    num_experts: int
+    top_k: int
+
+    input_norm: Literal["none", "rms_scale"] = "none"
+    input_norm_eps: float = 1e-6
+    projection_dtype: Literal["input", "float32"] = "input"
+    router_bias: bool = False
+
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    scoring_func: Literal["softmax", "sigmoid", "sqrtsoftplus", "none"] = "softmax"
+    score_dtype: Literal["float32", "input"] = "float32"
+
+    e_score_correction_bias: bool = False
+    num_expert_group: int = 1
+    topk_group: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    group_fill: Literal["-inf", "zero"] = "-inf"
+    hash_routing: bool = False
+    sorted: bool = True
+
+    selected_score: Literal["none", "softmax", "sigmoid"] = "none"
+    renormalize: bool = False
+    renormalize_order: float = 1.0
+    renormalize_eps: float = 0.0
+    renormalize_min: float = 0.0
+    routed_scaling_factor: float = 1.0
+    per_expert_scale: bool = False
+    divide_by_top_k: bool = False
+    weights_rounding: Literal["none", "input"] = "none"
+    apply_router_weight_on: Literal["output", "input"] = "output"
+
+    num_null_experts: int = 0
+    num_shared_columns: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        self._check_counts()
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap must be above 0, or None for no cap; got {self.logit_softcap}")
+        if self.hash_routing and self.e_score_correction_bias:
+            raise ValueError("hash_routing contradicts e_score_correction_bias: a table leaves nothing to rank")
+        if self.scoring_func == "softmax" and self.selected_score != "none":
+            raise ValueError(
+                f"selected_score={self.selected_score!r} contradicts scoring_func='softmax': a score is "
+                "taken before or after the selection, not both. Use scoring_func='none'."
+            )
+
+    def _check_counts(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {self.num_experts}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k must lie in [1, num_experts={self.num_experts}], got {self.top_k}: a token cannot "
+                "choose more experts than there are"
+            )
+        if self.num_expert_group < 1 or self.num_experts % self.num_expert_group:
+            raise ValueError(
+                f"num_expert_group must divide num_experts={self.num_experts}, got {self.num_expert_group}"
+            )
+        if not 1 <= self.topk_group <= self.num_expert_group:
+            raise ValueError(
+                f"topk_group must lie in [1, num_expert_group={self.num_expert_group}], got {self.topk_group}"
+            )
+        if not 0 <= self.num_null_experts < self.num_experts:
+            raise ValueError(
+                f"num_null_experts must lie in [0, num_experts={self.num_experts}), got {self.num_null_experts}"
+            )
+        if self.num_shared_columns < 0:
+            raise ValueError(f"num_shared_columns must not be negative, got {self.num_shared_columns}")
+
+    @classmethod
+    def from_config(cls, config: Any) -> RouterSpec:
+        """The router of a Hugging Face model.
+
+        Args:
+            config: a ``transformers`` config, or the dict of a ``config.json``; nested configs (Gemma 4's
+                ``text_config``) are looked into.
+
+        Raises:
+            ValueError: the model type is not known (the message lists those that are), or the model has no
+                Mixture-of-Experts layer.
+        """
+        return cls(**spec_fields(config))
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The spec as JSON: what operators carry, and what `from_key` reads."""
+        return json.dumps(self._stated())
+
+    def __hash__(self) -> int:
+        return hash(self.key)  # Python keeps a string's hash; one over all fields costs more than a launch
+
+    @classmethod
+    def from_key(cls, key: str) -> RouterSpec:
+        """The spec that wrote this `key`."""
+        return cls(**json.loads(key))
+
+    def _stated(self) -> dict[str, Any]:
+        """The fields that are not at their default."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def __repr__(self) -> str:
+        return f"RouterSpec({', '.join(f'{k}={v!r}' for k, v in self._stated().items())})"
+
+
+def _check_types(spec: RouterSpec) -> None:
+    for name, hint in typing.get_type_hints(RouterSpec).items():
+        value = getattr(spec, name)
+        if typing.get_origin(hint) is Literal:
+            if value not in typing.get_args(hint):
+                raise ValueError(f"{name} must be one of {typing.get_args(hint)}, got {value!r}")
+        elif hint is bool or hint is int:
+            if type(value) is not hint:
+                raise TypeError(f"{name} must be {_article(hint)}, got {value!r}")
+        elif not (value is None and type(None) in typing.get_args(hint)) and not _is_finite_number(value):
+            raise TypeError(f"{name} must be a finite number, got {value!r}")
+
+
+def _article(kind: type) -> str:
+    return "an int" if kind is int else "True or False"
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
