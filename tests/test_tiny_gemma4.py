@@ -201,22 +201,36 @@ def test_held_out_text_comes_from_no_training_file(script):
 
 def test_training_experts_compute_what_stock_experts_do(script):
     torch.manual_seed(0)
-    experts = script.build_model().model.layers[0].experts
-    hidden_states = torch.randn(9, 128)
-    topk_weights, topk_ids = torch.rand(9, 32).topk(4)
+    experts = script.build_model().model.layers[0].experts.double()  # leaves only the order of summation to differ
+    hidden_states = torch.randn(9, 128, dtype=torch.float64)
+    topk_weights, topk_ids = torch.rand(9, 32, dtype=torch.float64).topk(4)
     stock = type(experts).forward.__wrapped__(experts, hidden_states, topk_ids, topk_weights)
     ours = script.every_expert_forward(experts, hidden_states, topk_ids, topk_weights)
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
 
 
-def test_rescue_pushes_up_starving_experts_only(script):
+def test_load_penalty_pushes_up_a_starving_expert(script):
+    logits = torch.zeros(24, 8, requires_grad=True)
+    # expert 0 is crowded with half of the tokens, 1 to 6 have two each, and nobody selects expert 7
+    topk_ids = torch.cat([torch.zeros(12, dtype=torch.int64), torch.arange(12) % 6 + 1])[:, None]
+    script.load_penalty(logits.softmax(-1), topk_ids).backward()
+    assert (logits.grad[:, 7] < 0).all()  # descent raises this logit ...
+    assert (logits.grad[:, :7] > 0).all()  # ... against the others
+
+
+def test_load_penalty_is_zero_where_no_expert_starves_and_one_is_crowded(script):
+    probabilities = torch.full((28, 8), 1 / 8)
+    topk_ids = torch.stack([torch.zeros(28, dtype=torch.int64), torch.arange(28) % 7 + 1], dim=1)
+    assert script.relative_load(topk_ids, 8)[0] == 4 >= script.CROWDED
+    assert script.load_penalty(probabilities, topk_ids) == 0
+
+
+def test_load_penalty_pushes_up_the_busiest_expert_until_it_is_crowded(script):
     logits = torch.zeros(8, 4, requires_grad=True)
-    topk_ids = torch.tensor([[0, 1], [1, 2]]).repeat(4, 1)  # nobody selects expert 3
-    script.rescue_penalty(logits.softmax(-1), topk_ids).backward()
-    assert (logits.grad[:, 3] < 0).all()  # descent raises this logit ...
-    assert (logits.grad[:, :3] > 0).all()  # ... against the others
-    fed = torch.arange(8).view(4, 2) % 4
-    assert script.rescue_penalty(logits.detach().softmax(-1), fed) == 0
+    topk_ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])[:, None]
+    script.load_penalty(logits.softmax(-1), topk_ids).backward()
+    assert (logits.grad[:, 0] < 0).all()
+    assert (logits.grad[:, 1:] > 0).all()
 
 
 def test_learning_rate_warms_up_and_ends_at_zero(script):

@@ -18,8 +18,7 @@ IMPLS = ("reference", "triton", "cpu")
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_INPUTS = RoutingInputs()
 _UNSUPPORTED_INPUTS = tuple(
-    {field.name for field in dataclasses.fields(RoutingInputs)}
-    - {"per_expert_scale", "is_padding", "num_valid_tokens"}
+    {field.name for field in dataclasses.fields(RoutingInputs)} - {"per_expert_scale", "is_padding", "num_valid_tokens"}
 )
 _SUPPORTED_FIELDS = {
     "num_experts", "top_k", "input_norm", "input_norm_eps", "projection_dtype", "router_bias", "sorted",
@@ -171,9 +170,7 @@ def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
         )
 
 
-def _check_inputs(
-    router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs
-) -> None:
+def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
     for field in _UNSUPPORTED_INPUTS:
         if getattr(inputs, field) is not None:
             raise NotImplementedError(f"route does not take RoutingInputs.{field} yet")
@@ -212,9 +209,7 @@ def _check_tensor(
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad()"
-        )
+        raise ValueError(f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad()")
 
 
 def _check_out(

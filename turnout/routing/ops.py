@@ -79,9 +79,7 @@ def _route_out(
     )
 
 
-def _allocate(
-    router_logits: torch.Tensor, spec: RouterSpec, contract: Contract
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _allocate(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract) -> tuple[torch.Tensor, torch.Tensor]:
     shape, strides, device = (router_logits.shape[0], spec.top_k), (spec.top_k, 1), router_logits.device
     return (  # empty_strided is the cheapest way to a new tensor
         torch.empty_strided(shape, strides, dtype=contract.weights_dtype, device=device),

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: inputs, checks, the tiny model and its measures."""

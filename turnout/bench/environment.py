@@ -1,0 +1,80 @@
+"""Where a measurement was made: machine, versions, commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from turnout._version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "numba", "numpy")
+
+
+def environment(device: str) -> dict[str, object]:
+    """Facts that a recorded measurement needs to be read later.
+
+    Args:
+        device: torch's device type on which the measurement ran.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "turnout": __version__,
+        **{package: version(package) for package in PACKAGES},
+        "commit": commit(),
+    }
+
+
+def device_name(device: str) -> str:
+    """The product name of an accelerator, or of the CPU."""
+    if device == "cpu":
+        return cpu_name()
+    return str(torch.get_device_module(device).get_device_name())
+
+
+def cpu_name() -> str:
+    """The processor's model name, as the kernel gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout turnout runs from, with a ``+`` where files were changed since.
+
+    A copy of the files without their history can say its commit in the environment variable TURNOUT_COMMIT.
+    """
+    if named := os.environ.get("TURNOUT_COMMIT"):
+        return named
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    head = _git(root, "rev-parse", "HEAD")
+    return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()

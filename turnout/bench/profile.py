@@ -1,0 +1,67 @@
+"""What one call asks of the device, counted by torch.profiler, which also sees inside custom operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+
+class Counts(NamedTuple):
+    """Copies and launches of one call.
+
+    A copy that `torch.compile` fused into a generated kernel, or that a device graph replays, is no call of
+    ``aten::copy_`` and not counted.
+    """
+
+    copies: int  # calls of aten::copy_
+    copy_share: float  # their share of the device time, 0 to 1; of the time in operators on a CPU
+    launches: int  # kernels and memory operations; on a CPU: operators, those inside other operators left out
+
+
+def count(call: Callable[[], object], device: torch.device) -> Counts:
+    """Profile one call; warm it up before.
+
+    Args:
+        call: what to count.
+        device: where it computes; a CPU, or an accelerator that torch.profiler can follow.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device.type != "cpu":
+        activities.append(ProfilerActivity[device.type.upper()])
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    events: list[Any] = list(profile.events() or ())
+    copies = [event for event in events if event.name == "aten::copy_"]
+    if device.type == "cpu":
+        copy_us = sum(event.self_cpu_time_total for event in copies)
+        device_us = sum(event.self_cpu_time_total for event in events)
+        launches = sum(_is_operator(event) and not _is_inside_operator(event) for event in events)
+    else:
+        launched = [event for event in events if _is_launch(event)]
+        copy_us = sum(kernel.duration for event in copies for kernel in event.kernels)
+        device_us = sum(event.time_range.elapsed_us() for event in launched)
+        launches = len(launched)
+    return Counts(len(copies), copy_us / device_us if device_us else 0.0, launches)
+
+
+def _is_operator(event: Any) -> bool:
+    """Operators are named ``namespace::name``; what else the CPU's timeline holds (regions of compiled code) is not."""
+    return "::" in event.name and " " not in event.name
+
+
+def _is_inside_operator(event: Any) -> bool:
+    parent = event.cpu_parent
+    while parent is not None and not _is_operator(parent):
+        parent = parent.cpu_parent
+    return parent is not None
+
+
+def _is_launch(event: Any) -> bool:
+    """Whether the device ran it; ranges that annotate the code are mirrored on the device's timeline too."""
+    return event.device_type != DeviceType.CPU and not event.is_user_annotation

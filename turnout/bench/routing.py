@@ -1,0 +1,164 @@
+"""Routing alone: turnout against vLLM's kernel and torch, at one model's geometry, on a GPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turnout.bench.environment import environment
+from turnout.bench.timing import graph_times, summary
+from turnout.bench.vllm_kernel import find_source, load_gemma4_routing
+from turnout.contracts import Contract
+from turnout.routing.api import route
+from turnout.spec import RouterSpec
+from turnout.types import Routing, RoutingInputs
+
+NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384, 65536)
+CACHE_BYTES = 60 << 20  # inputs rotate over several times the L2 of an H200
+WEIGHTS_TOLERANCE = 2.5e-7  # two units in the last place above 1
+
+
+def run(num_experts: int, top_k: int, dtype: torch.dtype, vllm_folder: Path | None, rounds: int) -> dict[str, Any]:
+    """Check and time every variant at every number of tokens, then the host's share of one call."""
+    spec = RouterSpec(num_experts=num_experts, top_k=top_k, renormalize=True, per_expert_scale=True)
+    kernel, _ = load_gemma4_routing(find_source(vllm_folder))
+    floor = copy_rate()
+    rows = [measure(spec, dtype, num_tokens, kernel, floor, rounds) for num_tokens in NUM_TOKENS]
+    return {
+        "what": "routing: router_logits to ids and weights; microseconds of one call in a CUDA graph",
+        "environment": environment("cuda"),
+        "spec": json.loads(spec.key),
+        "logits": str(dtype),
+        "logits_drawn": "standard normal",
+        "vllm_source": str(find_source(vllm_folder)),
+        "copy_rate_bytes_per_us": floor,
+        "rows": rows,
+        "host": host_cost(spec, dtype),
+    }
+
+
+def measure(
+    spec: RouterSpec, dtype: torch.dtype, num_tokens: int, vllm: Any, bytes_per_us: float, rounds: int
+) -> dict[str, Any]:
+    """One row of the table: each variant checked, then timed in interleaved graph replays."""
+    sets = max(1, min(8, 4 * CACHE_BYTES // (num_tokens * spec.num_experts * dtype.itemsize)))
+    logits = [torch.randn(num_tokens, spec.num_experts, device="cuda").to(dtype) for _ in range(sets)]
+    scale = torch.rand(spec.num_experts, device="cuda") + 0.5
+    variants = _variants(spec, logits, scale, vllm)
+    expected = route(logits[0], spec, Contract(ids_dtype=torch.int64), RoutingInputs(per_expert_scale=scale),
+                     impl="reference")  # fmt: skip
+    for name, call in variants.items():
+        _check(name, call(0), expected)
+    calls = 100 if num_tokens < 4096 else 16
+    times = graph_times(variants, calls=calls, rounds=rounds)
+    slots = num_tokens * spec.top_k
+    moved = logits[0].numel() * dtype.itemsize + slots * (8 + 4)
+    return {
+        "num_tokens": num_tokens,
+        "floor_us": round(moved / bytes_per_us, 3),
+        **{name: [round(value, 3) for value in timing] for name, timing in times.items()},
+    }
+
+
+def _variants(
+    spec: RouterSpec, logits: list[torch.Tensor], scale: torch.Tensor, vllm: Any
+) -> dict[str, Callable[[int], Any]]:
+    """Each returns (weights, ids) and rotates over the inputs; outputs are allocated before, poisoned once."""
+    num_tokens, sets = logits[0].shape[0], len(logits)
+    block_e = 1 << (spec.num_experts - 1).bit_length()
+    inputs = RoutingInputs(per_expert_scale=scale)
+
+    def outputs(ids_dtype: torch.dtype) -> Routing:
+        shape = (num_tokens, spec.top_k)
+        weights = torch.full(shape, float("nan"), device="cuda")
+        return Routing(weights, torch.full(shape, -7, dtype=ids_dtype, device="cuda"))
+
+    contracts = {name: Contract(ids_dtype=dtype) for name, dtype in (("int64", torch.int64), ("int32", torch.int32))}
+    buffers = {name: outputs(contract.ids_dtype) for name, contract in contracts.items()}
+    theirs, cast = outputs(torch.int32), outputs(torch.int64)
+
+    def turnout(name: str) -> Callable[[int], Any]:
+        return lambda i: route(logits[i % sets], spec, contracts[name], inputs, out=buffers[name], impl="triton")
+
+    def vllm_int32(i: int) -> Any:
+        vllm[(num_tokens,)](
+            logits[i % sets], scale, *theirs[:2], spec.num_experts, spec.top_k, block_e, num_warps=1
+        )  # fmt: skip
+        return theirs
+
+    def vllm_then_cast(i: int) -> Any:
+        vllm_int32(i)
+        cast.topk_ids.copy_(theirs.topk_ids)
+        return theirs.topk_weights, cast.topk_ids
+
+    return {
+        "turnout int64": turnout("int64"),
+        "turnout int32": turnout("int32"),
+        "vLLM int32": vllm_int32,
+        "vLLM + cast": vllm_then_cast,
+        "torch": lambda i: _torch_routing(logits[i % sets], spec.top_k, scale),
+    }
+
+
+def _torch_routing(logits: torch.Tensor, top_k: int, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gemma 4's routing as stock transformers writes it."""
+    weights, ids = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), top_k, dim=-1)
+    return weights / weights.sum(dim=-1, keepdim=True) * scale[ids], ids
+
+
+def _check(name: str, got: Any, expected: Routing) -> None:
+    """Compare as id -> weight: neither order nor ties are the subject here."""
+    dense = [
+        torch.zeros(len(ids), int(expected.topk_ids.max()) + 1, device=ids.device).scatter(1, ids.long(), weights)
+        for weights, ids in (got[:2], expected[:2])
+    ]
+    error = (dense[0] - dense[1]).abs().amax(1)
+    wrong = int((error > WEIGHTS_TOLERANCE).sum())
+    if wrong > 0.001 * len(error) + 1:  # a row with a tie at the boundary may rightly differ
+        raise RuntimeError(f"{name} is wrong in {wrong} of {len(error)} rows; it is not timed")
+
+
+def copy_rate() -> float:
+    """Bytes per microsecond, read plus written, of a large copy on this device."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    timing = graph_times({"copy": lambda i: target.copy_(source)}, calls=4, rounds=9)["copy"]
+    return 2 * source.numel() * source.element_size() / timing.median
+
+
+def host_cost(spec: RouterSpec, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Microseconds of the host for one eager call at T=1, beside a bare Triton launch of the same kernel."""
+    from turnout.routing import triton as implementation
+
+    logits = torch.randn(1, spec.num_experts, device="cuda").to(dtype)
+    scale = torch.rand(spec.num_experts, device="cuda")
+    contract, inputs = Contract(ids_dtype=torch.int64), RoutingInputs(per_expert_scale=scale)
+    weights, ids, *_ = route(logits, spec, contract, inputs)
+    tile = implementation.choose_tile(1, 1 << (spec.num_experts - 1).bit_length())
+    constants = implementation._constants(dtype, spec, contract, tile)
+    arguments = (logits, scale, None, None, weights, ids, 1, logits.stride(0), *constants)
+    calls = {
+        "route": lambda: route(logits, spec, contract, inputs),
+        "bare launch": lambda: implementation._route_kernel[(1, 1, 1)](*arguments, num_warps=tile.num_warps),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(12):
+        for name, call in calls.items():
+            samples[name].append(_host_time(call))
+    return {name: [round(value, 2) for value in summary(times[2:])] for name, times in samples.items()}
+
+
+def _host_time(call: Callable[[], object], calls: int = 300) -> float:
+    """Microseconds of one call as the host sees it; few enough calls that the launch queue does not fill."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / calls * 1e6
