@@ -51,6 +51,7 @@ class Contract:
         id_space: what an id counts: ``"logical"`` experts of the model, ``"physical"`` replicas (EPLB), or
             the experts ``"local"`` to one rank (which needs a sentinel for the others).
         structures: what the consumer would otherwise compute from the ids; names of fields of `Routing`.
+        key: the contract as JSON: what operators carry, and what `from_key` reads; not an argument.
 
     Example:
         >>> Contract(ids_dtype=torch.int64)
@@ -63,6 +64,8 @@ class Contract:
     id_space: Literal["logical", "physical", "local"] = "logical"
     structures: tuple[str, ...] = ()
 
+    key: str = dataclasses.field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         _check_member("ids_dtype", self.ids_dtype, IDS_DTYPES)
         _check_member("weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
@@ -73,6 +76,8 @@ class Contract:
         if len(set(self.structures)) != len(self.structures):
             raise ValueError(f"structures must name each structure once, got {self.structures}")
         self._check_sentinel()
+        key = json.dumps({field: _encode(value) for field, value in self._stated().items()})
+        object.__setattr__(self, "key", key)  # now: a compiler cannot trace it later
 
     def _check_sentinel(self) -> None:
         if self.sentinel is None:
@@ -93,11 +98,6 @@ class Contract:
                 f"[{limits.min}, {limits.max}]. Choose a sentinel that the dtype holds, or another dtype."
             )
 
-    @functools.cached_property
-    def key(self) -> str:
-        """The contract as JSON: what operators carry, and what `from_key` reads."""
-        return json.dumps({field: _encode(value) for field, value in self._stated().items()})
-
     def __hash__(self) -> int:
         return hash(self.key)  # Python keeps a string's hash; one over all fields costs more than a launch
 
@@ -112,8 +112,8 @@ class Contract:
 
     def _stated(self) -> dict[str, object]:
         """The two dtypes, and every other field that is not at its default."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.init}
         return {k: v for k, v in values.items() if k.endswith("_dtype") or v != defaults[k]}
 
     def __repr__(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import typing
@@ -58,6 +57,8 @@ class RouterSpec:
         num_shared_columns: further columns of ``router_logits`` for always-on shared experts, normalised
             together with the chosen ones.
 
+        key: the spec as JSON: what operators carry, and what `from_key` reads; not an argument.
+
     Example:
         >>> RouterSpec(num_experts=128, top_k=8, scoring_func="softmax", renormalize=True)
         RouterSpec(num_experts=128, top_k=8, renormalize=True)
@@ -98,8 +99,11 @@ class RouterSpec:
     num_null_experts: int = 0
     num_shared_columns: int = 0
 
+    key: str = dataclasses.field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         _check_types(self)
+        object.__setattr__(self, "key", json.dumps(self._stated()))  # now: a compiler cannot trace it later
         self._check_counts()
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError(f"logit_softcap must be above 0, or None for no cap; got {self.logit_softcap}")
@@ -148,11 +152,6 @@ class RouterSpec:
         """
         return cls(**spec_fields(config))
 
-    @functools.cached_property
-    def key(self) -> str:
-        """The spec as JSON: what operators carry, and what `from_key` reads."""
-        return json.dumps(self._stated())
-
     def __hash__(self) -> int:
         return hash(self.key)  # Python keeps a string's hash; one over all fields costs more than a launch
 
@@ -163,7 +162,9 @@ class RouterSpec:
 
     def _stated(self) -> dict[str, Any]:
         """The fields that are not at their default."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        values = {
+            field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self) if field.init
+        }
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def __repr__(self) -> str:
@@ -171,8 +172,9 @@ class RouterSpec:
 
 
 def _check_types(spec: RouterSpec) -> None:
-    for name, hint in typing.get_type_hints(RouterSpec).items():
-        value = getattr(spec, name)
+    hints = typing.get_type_hints(RouterSpec)
+    for name in (field.name for field in dataclasses.fields(spec) if field.init):
+        hint, value = hints[name], getattr(spec, name)
         if typing.get_origin(hint) is Literal:
             if value not in typing.get_args(hint):
                 raise ValueError(f"{name} must be one of {typing.get_args(hint)}, got {value!r}")

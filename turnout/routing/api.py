@@ -17,7 +17,7 @@ from turnout.types import Routing, RoutingInputs
 IMPLS = ("reference", "triton", "cpu")
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_INPUTS = RoutingInputs()
-_UNSUPPORTED_INPUTS = tuple(
+_UNSUPPORTED_INPUTS = sorted(
     {field.name for field in dataclasses.fields(RoutingInputs)} - {"per_expert_scale", "is_padding", "num_valid_tokens"}
 )
 _SUPPORTED_FIELDS = {
@@ -118,7 +118,7 @@ def _check_kinds(spec: RouterSpec, contract: Contract, inputs: RoutingInputs) ->
 def _check_declarations(spec: RouterSpec, contract: Contract) -> str:
     """What can be said before any tensor is seen, once for each pair; returns what the operators take."""
     for field in dataclasses.fields(spec):
-        if field.name not in _SUPPORTED_FIELDS and getattr(spec, field.name) != field.default:
+        if field.init and field.name not in _SUPPORTED_FIELDS and getattr(spec, field.name) != field.default:
             raise NotImplementedError(
                 f"route does not run {field.name}={getattr(spec, field.name)!r} yet (RouterSpec.{field.name})"
             )
@@ -171,9 +171,9 @@ def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
 
 
 def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
-    for field in _UNSUPPORTED_INPUTS:
-        if getattr(inputs, field) is not None:
-            raise NotImplementedError(f"route does not take RoutingInputs.{field} yet")
+    for name in _UNSUPPORTED_INPUTS:
+        if getattr(inputs, name) is not None:
+            raise NotImplementedError(f"route does not take RoutingInputs.{name} yet")
     scale = inputs.per_expert_scale
     if (scale is None) == spec.per_expert_scale:
         raise ValueError(

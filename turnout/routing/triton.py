@@ -11,7 +11,7 @@ import triton.language as tl
 
 from turnout.contracts import Contract
 from turnout.device.keys import TAKEN, column_of, key_value, ordered_key, with_column, without_column
-from turnout.device.rounding import round_to
+from turnout.device.rounding import round_to, widened
 from turnout.device.softmax import tree_sum, unnormalized_softmax
 from turnout.spec import RouterSpec
 
@@ -50,7 +50,7 @@ def _route_kernel(
     # Lanes take columns one by one, not in runs: the tile then has the layout of the results, and nothing is
     # exchanged through shared memory (fewer instructions a row by 39% at E=128, K=8).
     logit_ptrs = tl.max_contiguous(logits_ptr + rows[:, None] * row_stride + columns, [1, 1])
-    logits = tl.load(logit_ptrs, mask=is_row[:, None] & is_expert, other=0.0).to(tl.float32)
+    logits = widened(tl.load(logit_ptrs, mask=is_row[:, None] & is_expert, other=0.0))
 
     # A 16-bit logit and its column fit one key, which then is unique in its row.
     UNIQUE: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
@@ -90,7 +90,7 @@ def _route_kernel(
         total = tl.where(best == float("-inf"), TOP_K, total)  # nothing but -inf: K equal shares
     weights = tl.div_rn(mass, tl.broadcast_to(total, [BLOCK_T, BLOCK_K]))
     if scale_ptr is not None:
-        weights = weights * tl.load(scale_ptr + topk_ids, mask=is_slot, other=0.0).to(tl.float32)
+        weights = weights * widened(tl.load(scale_ptr + topk_ids, mask=is_slot, other=0.0))
     weights = weights * SCALING_FACTOR
     weights = round_to(weights, ROUNDING)
 
@@ -140,37 +140,55 @@ def launch(
     topk_ids: torch.Tensor,
 ) -> None:
     """Route into the two buffers with one launch."""
-    _check_device(router_logits, spec.num_experts)
-    if router_logits.shape[0] == 0:
-        return
     tensors = (router_logits, per_expert_scale, is_padding, num_valid_tokens, topk_weights, topk_ids)
     if _device_count() > 1 and router_logits.get_device() != torch.accelerator.current_device_index():
         with torch.accelerator.device_index(router_logits.get_device()):
-            _launch(tensors, spec, contract)
+            _launch(spec, contract, *tensors)
     else:
-        _launch(tensors, spec, contract)
+        _launch(spec, contract, *tensors)
 
 
-def _launch(tensors: tuple[Any, ...], spec: RouterSpec, contract: Contract) -> None:
-    """Launch on the current device; ``tensors`` are the kernel's pointers, in its order."""
-    router_logits, scale, *_ = tensors
-    num_tokens, row_stride = router_logits.shape[0], router_logits.stride(0)
+def _launch(
+    spec: RouterSpec,
+    contract: Contract,
+    logits: torch.Tensor,
+    scale: torch.Tensor | None,
+    is_padding: torch.Tensor | None,
+    num_valid: torch.Tensor | None,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+) -> None:
+    """Launch on the current device. A kernel seen before is launched on bare addresses, the cheapest way."""
+    num_tokens, row_stride = logits.shape[0], logits.stride(0)
     tile = choose_tile(num_tokens, _next_power_of_2(spec.num_experts))
     grid = (-(-num_tokens // tile.rows), 1, 1)
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    logits_at, weights_at, ids_at = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+    scale_at = None if scale is None else scale.data_ptr()
+    padding_at = None if is_padding is None else is_padding.data_ptr()
+    valid_at = None if num_valid is None else num_valid.data_ptr()
+    # Triton specialises on pointers that are multiples of 16; torch allocates no others, a view may be one.
+    remainder = (logits_at | weights_at | ids_at | (scale_at or 0) | (padding_at or 0) | (valid_at or 0)) % 16
     specialization = (
-        spec.key, contract.key, tile, row_stride, router_logits.device, router_logits.dtype,
-        None if scale is None else scale.dtype, *[address and address % 16 for address in addresses],
+        spec.key, contract.key, tile, row_stride, logits.device, logits.dtype, None if scale is None else scale.dtype,
+        padding_at is None, valid_at is None, remainder,
     )  # fmt: skip
     known = _compiled.get(specialization)
-    if known is not None:
+    if num_tokens == 0:
+        _check_support(logits, spec.num_experts)
+    elif known is not None:
         kernel, constants = known
-        kernel[grid](*addresses, num_tokens, row_stride, *constants)
-        return
-    constants = _constants(router_logits.dtype, spec, contract, tile)
-    kernel = _route_kernel[grid](*tensors, num_tokens, row_stride, *constants, num_warps=tile.num_warps)
-    if kernel is not None:  # the interpreter returns nothing
-        _compiled[specialization] = kernel, constants
+        kernel[grid](
+            logits_at, scale_at, padding_at, valid_at, weights_at, ids_at, num_tokens, row_stride, *constants
+        )  # fmt: skip
+    else:
+        _check_support(logits, spec.num_experts)
+        constants = _constants(logits.dtype, spec, contract, tile)
+        kernel = _route_kernel[grid](
+            logits, scale, is_padding, num_valid, weights, ids, num_tokens, row_stride, *constants,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+        if remainder == 0 and kernel is not None:  # the interpreter returns nothing
+            _compiled[specialization] = kernel, constants
 
 
 def _constants(logits_dtype: torch.dtype, spec: RouterSpec, contract: Contract, tile: Tile) -> tuple[Any, ...]:
@@ -193,7 +211,7 @@ def _device_count() -> int:
     return torch.accelerator.device_count()
 
 
-def _check_device(router_logits: torch.Tensor, num_experts: int) -> None:
+def _check_support(router_logits: torch.Tensor, num_experts: int) -> None:
     if router_logits.is_cpu and isinstance(_route_kernel, triton.JITFunction):
         raise ValueError(
             "impl='triton' needs logits on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "

@@ -1,0 +1,1 @@
+"""turnout inside other libraries: names and shapes are translated at this border, nothing else."""
