@@ -27,6 +27,7 @@ from gemma4_models import (
 import turnout
 from turnout.integrations import transformers as integration
 from turnout.integrations.transformers import apply, explain, restore
+from turnout.routing.api import prepare
 from turnout.testing.tiny import load_tiny_gemma4
 
 
@@ -200,11 +201,11 @@ def test_ids_have_the_dtype_that_the_experts_read_on_a_device_that_is_no_cpu(imp
 def test_the_contract_is_chosen_at_each_call(model, monkeypatch):
     written = []
 
-    def recording(router_logits, spec, contract, inputs):
+    def recording(spec, contract):
         written.append(contract)
-        return turnout.route(router_logits, spec, contract, inputs)
+        return prepare(spec, contract)
 
-    monkeypatch.setattr(integration, "route", recording)
+    monkeypatch.setattr(integration, "prepare", recording)
     apply(model)
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         model.set_experts_implementation(implementation)

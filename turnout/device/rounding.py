@@ -1,4 +1,4 @@
-"""Rounding of float32 values to the 16-bit formats."""
+"""float32 to the 16-bit formats and back."""
 
 import triton
 import triton.language as tl
@@ -16,3 +16,15 @@ def round_to(values, DTYPE: tl.constexpr):
         return bits.to(tl.float32, bitcast=True)
     else:
         return values.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def widened(values):
+    """Floats of any of the three dtypes as float32, exactly.
+
+    bfloat16 is widened on the bits: Triton's interpreter loses its subnormals, which the hardware keeps.
+    """
+    if values.dtype == tl.bfloat16:
+        return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return values.to(tl.float32)

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from turnout.contracts import Contract, contracts, dtype_name
-from turnout.routing.api import choose_impl, route
+from turnout.routing.api import choose_impl, prepare, route_prepared
 from turnout.spec import RouterSpec
-from turnout.types import RoutingInputs
 
 RouterForward = Callable[[Any, torch.Tensor], tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
 
@@ -238,13 +237,13 @@ def _router_forward(spec: RouterSpec, are_experts_wrapped: bool) -> RouterForwar
         # Read at each call: generate() changes the experts implementation between prefill and decode.
         implementation = self.config._experts_implementation
         consumer = _consumer(implementation, router_logits.device.type, are_experts_wrapped)
-        inputs = RoutingInputs(per_expert_scale=self.per_expert_scale)
-        routing = route(router_logits, spec, contracts[consumer.name], inputs)
+        prepared = prepare(spec, contracts[consumer.name])
+        topk_weights, topk_ids = route_prepared(router_logits, prepared, self.per_expert_scale)
 
         probabilities = None
         if self._forward_hooks:
             probabilities = torch.softmax(router_logits, dim=-1, dtype=torch.float32)
-        return probabilities, routing.topk_weights, routing.topk_ids
+        return probabilities, topk_weights, topk_ids
 
     return forward
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -69,7 +69,7 @@ def route(
     """
     inputs = _NO_INPUTS if inputs is None else inputs
     _check_kinds(spec, contract, inputs)
-    declarations = _check_declarations(spec, contract)
+    declarations = prepare(spec, contract)
     _check_logits(router_logits, spec)
     _check_inputs(router_logits, spec, contract, inputs)
     if impl == "auto":
@@ -84,6 +84,62 @@ def route(
     topk_weights, topk_ids = _check_out(out, router_logits, spec, contract)
     torch.ops.turnout.route_out.default(*arguments, topk_weights=topk_weights, topk_ids=topk_ids)
     return Routing(topk_weights, topk_ids)
+
+
+@functools.cache
+def prepare(spec: RouterSpec, contract: Contract) -> str:
+    """Check what can be checked before any tensor is seen; the result is what `route_prepared` takes.
+
+    Raises:
+        ValueError: spec and contract do not fit each other.
+        NotImplementedError: one of them asks for something by name that is not there yet.
+    """
+    for field in dataclasses.fields(spec):
+        if field.init and field.name not in _SUPPORTED_FIELDS and getattr(spec, field.name) != field.default:
+            raise NotImplementedError(
+                f"route does not run {field.name}={getattr(spec, field.name)!r} yet (RouterSpec.{field.name})"
+            )
+    if contract.structures:
+        raise NotImplementedError(
+            f"route does not write {', '.join(contract.structures)} yet (Contract.structures); for ids and weights "
+            "alone pass dataclasses.replace(contract, structures=())"
+        )
+    if contract.id_space != "logical":
+        raise NotImplementedError(f"route does not map ids to id_space={contract.id_space!r} yet")
+    if spec.num_experts - 1 > torch.iinfo(contract.ids_dtype).max:
+        raise ValueError(
+            f"ids_dtype={contract.ids_dtype} cannot hold the ids of {spec.num_experts} experts; "
+            "choose a contract with a wider dtype"
+        )
+    if isinstance(contract.sentinel, int) and 0 <= contract.sentinel < spec.num_experts:
+        raise ValueError(
+            f"sentinel={contract.sentinel} is the id of an expert (num_experts={spec.num_experts}); "
+            "it must lie outside, for instance -1 or 'num_experts'"
+        )
+    if contract.sentinel == "num_experts" and spec.num_experts > torch.iinfo(contract.ids_dtype).max:
+        raise ValueError(f"ids_dtype={contract.ids_dtype} cannot hold the sentinel {spec.num_experts}")
+    return _ops.declarations(spec, contract)
+
+
+def route_prepared(
+    router_logits: torch.Tensor, prepared: str, per_expert_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` for integrations: the model itself made the tensors, so their shapes are not checked again.
+
+    On a CPU the checks of `route` would cost as much as routing one token.
+
+    Returns:
+        ``topk_weights`` and ``topk_ids`` [T, K].
+
+    Raises:
+        ValueError: the logits require grad.
+    """
+    if router_logits.requires_grad:
+        _refuse_grad("router_logits")
+    impl = choose_impl(router_logits).impl
+    return torch.ops.turnout.route.default(  # type: ignore[no-any-return]
+        router_logits, prepared, impl, per_expert_scale, None, None
+    )
 
 
 def choose_impl(router_logits: torch.Tensor) -> Choice:
@@ -114,36 +170,6 @@ def _check_kinds(spec: RouterSpec, contract: Contract, inputs: RoutingInputs) ->
         raise TypeError(f"inputs must be a turnout.RoutingInputs, got {type(inputs).__name__}")
 
 
-@functools.cache
-def _check_declarations(spec: RouterSpec, contract: Contract) -> str:
-    """What can be said before any tensor is seen, once for each pair; returns what the operators take."""
-    for field in dataclasses.fields(spec):
-        if field.init and field.name not in _SUPPORTED_FIELDS and getattr(spec, field.name) != field.default:
-            raise NotImplementedError(
-                f"route does not run {field.name}={getattr(spec, field.name)!r} yet (RouterSpec.{field.name})"
-            )
-    if contract.structures:
-        raise NotImplementedError(
-            f"route does not write {', '.join(contract.structures)} yet (Contract.structures); for ids and weights "
-            "alone pass dataclasses.replace(contract, structures=())"
-        )
-    if contract.id_space != "logical":
-        raise NotImplementedError(f"route does not map ids to id_space={contract.id_space!r} yet")
-    if spec.num_experts - 1 > torch.iinfo(contract.ids_dtype).max:
-        raise ValueError(
-            f"ids_dtype={contract.ids_dtype} cannot hold the ids of {spec.num_experts} experts; "
-            "choose a contract with a wider dtype"
-        )
-    if isinstance(contract.sentinel, int) and 0 <= contract.sentinel < spec.num_experts:
-        raise ValueError(
-            f"sentinel={contract.sentinel} is the id of an expert (num_experts={spec.num_experts}); "
-            "it must lie outside, for instance -1 or 'num_experts'"
-        )
-    if contract.sentinel == "num_experts" and spec.num_experts > torch.iinfo(contract.ids_dtype).max:
-        raise ValueError(f"ids_dtype={contract.ids_dtype} cannot hold the sentinel {spec.num_experts}")
-    return _ops.declarations(spec, contract)
-
-
 def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
     if not isinstance(router_logits, torch.Tensor):
         raise TypeError(f"router_logits must be a tensor [T, E], got {type(router_logits).__name__}")
@@ -164,10 +190,14 @@ def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
             "columns may not: pass router_logits.contiguous() if the copy is meant"
         )
     if router_logits.requires_grad:
-        raise ValueError(
-            "router_logits requires grad, and turnout routes for inference only: call it under torch.no_grad(), "
-            "or pass router_logits.detach()"
-        )
+        _refuse_grad("router_logits")
+
+
+def _refuse_grad(name: str) -> NoReturn:
+    raise ValueError(
+        f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad(), "
+        "or detach the tensor"
+    )
 
 
 def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
@@ -209,7 +239,7 @@ def _check_tensor(
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad()")
+        _refuse_grad(name)
 
 
 def _check_out(

@@ -40,7 +40,12 @@ def _declared(declarations: str) -> tuple[RouterSpec, Contract]:
 @functools.cache
 def _launch_of(impl: str) -> Launch:
     """The implementation's ``launch``; kernels are imported at their first use."""
-    launch: Launch = importlib.import_module(f"turnout.routing.{impl}").launch
+    try:
+        launch: Launch = importlib.import_module(f"turnout.routing.{impl}").launch
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError("impl='triton' needs the triton package: pip install 'turnout[triton]'") from error
     return launch
 
 
