@@ -27,7 +27,7 @@ from gemma4_models import (
 import turnout
 from turnout.integrations import transformers as integration
 from turnout.integrations.transformers import apply, explain, restore
-from turnout.routing.api import prepare
+from turnout.routing.api import prepare, route_prepared
 from turnout.testing.tiny import load_tiny_gemma4
 
 
@@ -201,17 +201,18 @@ def test_ids_have_the_dtype_that_the_experts_read_on_a_device_that_is_no_cpu(imp
 def test_the_contract_is_chosen_at_each_call(model, monkeypatch):
     written = []
 
-    def recording(spec, contract):
-        written.append(contract)
-        return prepare(spec, contract)
+    def recording(router_logits, declarations, per_expert_scale):
+        written.append(declarations)
+        return route_prepared(router_logits, declarations, per_expert_scale)
 
-    monkeypatch.setattr(integration, "prepare", recording)
+    monkeypatch.setattr(integration, "route_prepared", recording)
     apply(model)
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         model.set_experts_implementation(implementation)
         written.clear()
         logits_of(model, text_ids(8))
-        assert set(written) == {explain(model)[0].contract}
+        contract = explain(model)[0].contract
+        assert set(written) == {prepare(turnout.RouterSpec.from_config(model.config), contract)}
         assert explain(model)[0].experts_implementation == implementation
 
 

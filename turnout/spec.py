@@ -181,8 +181,10 @@ def _check_types(spec: RouterSpec) -> None:
         elif hint is bool or hint is int:
             if type(value) is not hint:
                 raise TypeError(f"{name} must be {_article(hint)}, got {value!r}")
-        elif not (value is None and type(None) in typing.get_args(hint)) and not _is_finite_number(value):
-            raise TypeError(f"{name} must be a finite number, got {value!r}")
+        elif not (value is None and type(None) in typing.get_args(hint)):
+            if not _is_finite_number(value):
+                raise TypeError(f"{name} must be a finite number, got {value!r}")
+            object.__setattr__(spec, name, float(value))  # 2 and 2.0 are one spec, with one key
 
 
 def _article(kind: type) -> str:

@@ -28,3 +28,13 @@ def widened(values):
         return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return values.to(tl.float32)
+
+
+@triton.jit
+def narrowed(values, DTYPE: tl.constexpr):
+    """Finite float32 values rounded to nearest even in DTYPE, in DTYPE; bfloat16 on the bits, as in `widened`."""
+    if DTYPE == tl.bfloat16:
+        bits = round_to(values, DTYPE).to(tl.int32, bitcast=True) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return values.to(DTYPE)

@@ -209,7 +209,7 @@ def _report(layer: _Layer, state: str) -> RouterReport:
     weight = layer.router.proj.weight
     implementation = layer.config._experts_implementation
     consumer = _consumer(implementation, weight.device.type, _are_experts_wrapped(layer.experts))
-    choice = choose_impl(weight)
+    choice = choose_impl(weight, weight.shape[0])
     return dataclasses.replace(
         row,
         reason=f"{consumer.reason}; {choice.reason}",
@@ -222,6 +222,8 @@ def _report(layer: _Layer, state: str) -> RouterReport:
 
 @functools.cache
 def _router_forward(spec: RouterSpec, are_experts_wrapped: bool) -> RouterForward:
+    declarations = {name: prepare(spec, contracts[name]) for name in _CONSUMER_NAMES}
+
     # The name "forward" lets a pickled bound method resolve to the class's own: the file needs no turnout.
     def forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Router of Gemma 4 on hidden states [T, H]; see `apply`."""
@@ -237,8 +239,7 @@ def _router_forward(spec: RouterSpec, are_experts_wrapped: bool) -> RouterForwar
         # Read at each call: generate() changes the experts implementation between prefill and decode.
         implementation = self.config._experts_implementation
         consumer = _consumer(implementation, router_logits.device.type, are_experts_wrapped)
-        prepared = prepare(spec, contracts[consumer.name])
-        topk_weights, topk_ids = route_prepared(router_logits, prepared, self.per_expert_scale)
+        topk_weights, topk_ids = route_prepared(router_logits, declarations[consumer.name], self.per_expert_scale)
 
         probabilities = None
         if self._forward_hooks:
@@ -272,6 +273,9 @@ _WRAPPED = _Consumer(
     "the experts are parallel, or their forward was replaced: every such wrapper takes int64",
 )
 _UNKNOWN = _Consumer("transformers.eager", "not verified what this implementation reads: int64, as stock routers write")
+_CONSUMER_NAMES = {
+    consumer.name for consumer in (*_BY_IMPLEMENTATION.values(), _GROUPED_MM, _GROUPED_MM_CPU, _WRAPPED, _UNKNOWN)
+}
 
 
 def _consumer(implementation: str | None, device_type: str, are_experts_wrapped: bool) -> _Consumer:

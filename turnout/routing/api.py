@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from turnout.contracts import Contract
+from turnout.device import MAX_KERNEL_EXPERTS
 from turnout.routing import ops as _ops  # registers the operators
 from turnout.spec import RouterSpec
 from turnout.types import Routing, RoutingInputs
@@ -69,11 +70,12 @@ def route(
     """
     inputs = _NO_INPUTS if inputs is None else inputs
     _check_kinds(spec, contract, inputs)
-    declarations = prepare(spec, contract)
+    # A compiler sees through a cache, and warns of it.
+    declarations = (check_declarations if torch.compiler.is_compiling() else prepare)(spec, contract)
     _check_logits(router_logits, spec)
     _check_inputs(router_logits, spec, contract, inputs)
     if impl == "auto":
-        impl = choose_impl(router_logits).impl
+        impl = choose_impl(router_logits, spec.num_experts).impl
     elif impl not in IMPLS:
         raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}; got {impl!r}")
     arguments = (
@@ -86,8 +88,7 @@ def route(
     return Routing(topk_weights, topk_ids)
 
 
-@functools.cache
-def prepare(spec: RouterSpec, contract: Contract) -> str:
+def check_declarations(spec: RouterSpec, contract: Contract) -> str:
     """Check what can be checked before any tensor is seen; the result is what `route_prepared` takes.
 
     Raises:
@@ -121,6 +122,9 @@ def prepare(spec: RouterSpec, contract: Contract) -> str:
     return _ops.declarations(spec, contract)
 
 
+prepare = functools.cache(check_declarations)
+
+
 def route_prepared(
     router_logits: torch.Tensor, prepared: str, per_expert_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,26 +140,24 @@ def route_prepared(
     """
     if router_logits.requires_grad:
         _refuse_grad("router_logits")
-    impl = choose_impl(router_logits).impl
+    impl = choose_impl(router_logits, router_logits.shape[1]).impl
     return torch.ops.turnout.route.default(  # type: ignore[no-any-return]
         router_logits, prepared, impl, per_expert_scale, None, None
     )
 
 
-def choose_impl(router_logits: torch.Tensor) -> Choice:
-    """The implementation that ``impl="auto"`` takes for these logits, and the reason."""
-    if router_logits.is_cuda:  # what torch calls ROCm devices, too
-        return _TRITON_ON_CUDA
-    if router_logits.is_cpu:
+def choose_impl(tensor: torch.Tensor, num_experts: int) -> Choice:
+    """The implementation that ``impl="auto"`` takes for logits where ``tensor`` lies, and the reason."""
+    if tensor.is_cpu:
         return _CPU
-    if router_logits.is_xpu:
-        return _TRITON_ON_XPU
-    return Choice("reference", f"no kernel for device type {router_logits.device.type!r}: plain torch operations")
+    if not (tensor.is_cuda or tensor.is_xpu):  # "cuda" is what torch calls ROCm devices, too
+        return Choice("reference", f"no kernel for device type {tensor.device.type!r}: plain torch operations")
+    return _TRITON if num_experts <= MAX_KERNEL_EXPERTS else _TOO_MANY_EXPERTS
 
 
-_TRITON_ON_CUDA = Choice("triton", "logits on a CUDA or ROCm device: one launch")
-_TRITON_ON_XPU = Choice("triton", "logits on an XPU: one launch")
 _CPU = Choice("cpu", "logits on a CPU: one pass over each row")
+_TRITON = Choice("triton", "logits on a GPU: one launch")
+_TOO_MANY_EXPERTS = Choice("reference", f"more than {MAX_KERNEL_EXPERTS} experts: plain torch operations")
 
 
 def _check_kinds(spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from turnout.contracts import Contract
+from turnout.device import MAX_KERNEL_EXPERTS
 from turnout.device.keys import TAKEN, column_of, key_value, ordered_key, with_column, without_column
-from turnout.device.rounding import round_to, widened
+from turnout.device.rounding import narrowed, round_to, widened
 from turnout.device.softmax import tree_sum, unnormalized_softmax
 from turnout.spec import RouterSpec
 
-MAX_EXPERTS = 1024
 _TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -106,7 +106,7 @@ def _route_kernel(
     positions = rows[:, None] * TOP_K + slots
     is_written = is_row[:, None] & is_slot
     WEIGHTS: tl.constexpr = weights_ptr.dtype.element_ty
-    tl.store(weights_ptr + positions, round_to(weights, WEIGHTS).to(WEIGHTS), mask=is_written)
+    tl.store(weights_ptr + positions, narrowed(weights, WEIGHTS), mask=is_written)
     tl.store(ids_ptr + positions, topk_ids.to(ids_ptr.dtype.element_ty), mask=is_written)
 
 
@@ -217,7 +217,7 @@ def _check_support(router_logits: torch.Tensor, num_experts: int) -> None:
             "impl='triton' needs logits on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
             "before the first call to run the kernel in Triton's interpreter"
         )
-    if num_experts > MAX_EXPERTS:
+    if num_experts > MAX_KERNEL_EXPERTS:
         raise ValueError(
-            f"impl='triton' routes among at most {MAX_EXPERTS} experts, got {num_experts}; use impl='reference'"
+            f"impl='triton' routes among at most {MAX_KERNEL_EXPERTS} experts, got {num_experts}; use impl='reference'"
         )

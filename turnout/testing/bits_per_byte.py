@@ -8,9 +8,7 @@ from torch.nn import functional as F
 
 
 @torch.inference_mode()
-def bits_per_byte(
-    model: nn.Module, tokens: torch.Tensor, window: int = 512, *, num_bytes: int | None = None
-) -> float:
+def bits_per_byte(model: nn.Module, tokens: torch.Tensor, window: int = 512, *, num_bytes: int | None = None) -> float:
     """Measure how well a causal language model predicts a text.
 
     Every token but the first is predicted exactly once. The model is called once per window of predictions,
@@ -40,9 +38,7 @@ def bits_per_byte(
     num_predicted = tokens.numel() - 1
     num_bytes = num_predicted if num_bytes is None else num_bytes
     if window < 1 or num_bytes < 1:
-        raise ValueError(
-            f"window and num_bytes must be at least 1, got {window} and {num_bytes}; both have defaults"
-        )
+        raise ValueError(f"window and num_bytes must be at least 1, got {window} and {num_bytes}; both have defaults")
 
     nats = 0.0
     for start in range(0, num_predicted, window):
