@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 
@@ -32,10 +33,14 @@ def count(call: Callable[[], object], device: torch.device) -> Counts:
     activities = [ProfilerActivity.CPU]
     if device.type != "cpu":
         activities.append(ProfilerActivity[device.type.upper()])
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+    profile = torch.profiler.profile(activities=activities)
+    with _no_kineto_log():
+        profile.start()
+    call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    with _no_kineto_log():
+        profile.stop()
     events: list[Any] = list(profile.events() or ())
     copies = [event for event in events if event.name == "aten::copy_"]
     if device.type == "cpu":
@@ -48,6 +53,19 @@ def count(call: Callable[[], object], device: torch.device) -> Counts:
         device_us = sum(event.time_range.elapsed_us() for event in launched)
         launches = len(launched)
     return Counts(len(copies), copy_us / device_us if device_us else 0.0, launches)
+
+
+@contextlib.contextmanager
+def _no_kineto_log() -> Iterator[None]:
+    """Keep a terminal clean: torch 2.13 logs a line at each start and stop, which no log level turns off."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _is_operator(event: Any) -> bool:
@@ -64,4 +82,4 @@ def _is_inside_operator(event: Any) -> bool:
 
 def _is_launch(event: Any) -> bool:
     """Whether the device ran it; ranges that annotate the code are mirrored on the device's timeline too."""
-    return event.device_type != DeviceType.CPU and not event.is_user_annotation
+    return event.device_type.name != "CPU" and not event.is_user_annotation

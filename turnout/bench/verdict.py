@@ -15,13 +15,15 @@ class Change(NamedTuple):
     """A relative change: median of paired differences, with the 95% interval of that median."""
 
     median: float
-    lower: float
-    upper: float
+    interval: tuple[float, float] | None  # None: too few differences for one
 
     @property
-    def is_measurable(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.lower > 0 or self.upper < 0
+    def direction(self) -> str:
+        """``"shorter"`` or ``"longer"`` where the interval leaves zero out; else ``"level"`` or ``"unknown"``."""
+        if self.interval is None:
+            return "unknown"
+        lower, upper = self.interval
+        return "shorter" if upper < 0 else "longer" if lower > 0 else "level"
 
 
 class Comparison(NamedTuple):
@@ -46,86 +48,91 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
 
 
 def change_of(differences: Sequence[float]) -> Change:
-    """Median of paired differences and its interval from order statistics, which assumes no distribution.
+    """Median of paired differences, and its interval from order statistics, which assumes no distribution.
 
-    With fewer than 6 differences no such interval reaches 95%: it is then the smallest to the largest.
+    The interval exists from 6 differences on: with 5, even smallest to largest covers the median in 94% of cases.
     """
     ordered = sorted(differences)
     n = len(ordered)
-    outside = 0  # how many to leave out at each end
-    tail = 0.5**n  # chance that the true median lies beyond what is left out, one-sided
-    while outside < n // 2:
-        tail += math.comb(n, outside + 1) * 0.5**n
-        if 2 * tail > 0.05:
-            break
-        outside += 1
-    return Change(statistics.median(ordered), ordered[outside], ordered[n - 1 - outside])
+    below = [sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range(n)]  # P(at most k lie below the median)
+    inner = sum(2 * p <= 0.05 for p in below)  # smallest and largest of an interval are the inner-th from each end
+    interval = (ordered[inner - 1], ordered[n - inner]) if inner else None
+    return Change(statistics.median(ordered), interval)
 
 
-def verdict(rows: Sequence[Row], launches: str, why: str) -> str:
+def verdict(rows: Sequence[Row], launches: str, time: str, why: str) -> str:
     """The table in plain words.
 
     Args:
         rows: the whole table.
-        launches: what ``Row.counts.launches`` counts, in the plural: ``"operators"`` or ``"kernel launches"``.
-        why: what turnout does in this engine, to follow "because".
+        launches: what `Counts.launches` counts, in the plural: ``"operators"`` or ``"launches"``.
+        time: what `Counts.copy_share` is a share of: ``"CPU time"`` or ``"device time"``.
+        why: what turnout does in this engine, a clause.
     """
-    pairs = [
-        (_named(group, "stock"), _named(group, "turnout"))
-        for group in (list(g) for _, g in groupby(rows, key=lambda row: row.scenario))
-    ]
-    copies = _fewer([(a.counts.copies, b.counts.copies) for a, b in pairs], "aten::copy_ calls")
-    issued = _fewer([(a.counts.launches, b.counts.launches) for a, b in pairs], launches)
-    less = any(a.counts.copies > b.counts.copies or a.counts.launches > b.counts.launches for a, b in pairs)
-    reason = f", because {why}" if less else f", although {why}"
-    return f"With turnout a forward makes {copies} and {issued}{reason}. {_speed(compare(rows), pairs)}"
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row.scenario)]
+    before, after = ([_named(group, variant).counts for group in groups] for variant in ("stock", "turnout"))
+    copies = _fewer([c.copies for c in before], [c.copies for c in after], "aten::copy_ calls")
+    issued = _fewer([c.launches for c in before], [c.launches for c in after], launches)
+    comparisons = compare(rows)
+    text = f"With turnout a forward makes {copies} and {issued}: {why}. {_speed(comparisons)}"
+    directions = {comparison.time.direction for comparison in comparisons}
+    if not directions & {"shorter", "unknown"}:
+        shares = f"{_range(c.copy_share for c in before)} before and {_range(c.copy_share for c in after)} now"
+        text += f" So there is no gain in speed here: copies take little of the {time}, {shares}."
+    return text
 
 
-def _speed(comparisons: Sequence[Comparison], pairs: Sequence[tuple[Row, Row]]) -> str:
-    faster = [c for c in comparisons if c.time.upper < 0]
-    slower = [c for c in comparisons if c.time.lower > 0]
-    level = [c for c in comparisons if not c.time.is_measurable]
-    removed = max(a.counts.copy_share - b.counts.copy_share for a, b in pairs)
-    sentences = []
-    if faster:
-        sentences.append(f"Faster: {_listed(faster)}.")
-    if slower:
-        sentences.append(f"Slower: {_listed(slower)}.")
-    if level:
-        sentences.append(f"No change that stands out of the spread: {_listed(level)}.")
-    if not faster:
-        share = f"copies lost at most {removed:.1%} of the time" if removed > 0 else "copies took no less of the time"
-        sentences.append(f"So no gain in speed here ({share} in the profile).")
-    return " ".join(sentences)
+def _speed(comparisons: Sequence[Comparison]) -> str:
+    heads = {
+        "shorter": "shorter in",
+        "longer": "longer in",
+        "level": "the same within the spread in",
+        "unknown": "open, as 6 rounds are the fewest that can tell, in",
+    }
+    parts = []
+    for direction, head in heads.items():
+        part = [comparison for comparison in comparisons if comparison.time.direction == direction]
+        if part:
+            parts.append(f"{head} {_listed(part)}")
+    return f"Time of a forward, with 95% intervals: {'; '.join(parts)}."
+
+
+def _range(shares: Iterable[float]) -> str:
+    ordered = sorted(shares)
+    return f"{ordered[0]:.1%} to {ordered[-1]:.1%}"
 
 
 def _listed(comparisons: Iterable[Comparison]) -> str:
-    return "; ".join(
-        f"{c.scenario.label} {c.time.median:+.1%} ({c.time.lower:+.1%} to {c.time.upper:+.1%}{_against(c)})"
-        for c in comparisons
-    )
+    return ", ".join(f"{_label(comparison)} {_percent(comparison.time)}" for comparison in comparisons)
 
 
-def _against(comparison: Comparison) -> str:
-    """The pair, where it is not the plain one."""
-    if (comparison.stock, comparison.turnout) == ("stock", "turnout"):
-        return ""
-    return f", {comparison.turnout} against {comparison.stock}"
+def _percent(change: Change) -> str:
+    if change.interval is None:
+        return f"{change.median:+.1%}"
+    lower, upper = change.interval
+    return f"{change.median:+.1%} ({lower:+.1%} to {upper:+.1%})"
 
 
-def _fewer(pairs: Sequence[tuple[int, int]], noun: str) -> str:
-    """``12 fewer aten::copy_ calls (389 -> 377)``, or the range over the scenarios."""
-    fewer = [before - after for before, after in pairs]
-    least, most = min(fewer), max(fewer)
-    if least == most == 0:
+def _label(comparison: Comparison) -> str:
+    """``decode x 16``, followed by what was compared where that is not stock with turnout."""
+    scenario, stock, turnout, _ = comparison
+    if stock.removeprefix("stock") == turnout.removeprefix("turnout"):
+        return scenario.label + stock.removeprefix("stock")
+    return f"{scenario.label} {turnout} against {stock}"
+
+
+def _fewer(before: Sequence[int], after: Sequence[int], noun: str) -> str:
+    """``12 fewer aten::copy_ calls (399 became 387)``; over the scenarios the range, with its largest case."""
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    if not any(differences):
         return f"as many {noun} as before"
-    if least < 0 < most:
-        return f"between {most} fewer and {-least} more {noun}"
-    word = "fewer" if most > 0 else "more"
-    low, high = sorted((abs(least), abs(most)))
-    example = next(pair for pair, n in zip(pairs, fewer, strict=True) if abs(n) == high)
-    amount = f"{low}" if low == high else f"{low} to {high}"
-    return f"{amount} {word} {noun} (of {example[0]})"
+    if min(differences) < 0 < max(differences):
+        return f"from {-min(differences)} fewer to {max(differences)} more {noun}"
+    sizes = sorted(abs(difference) for difference in differences)
+    case = max(range(len(before)), key=lambda i: abs(differences[i]))
+    amount = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
+    word = "fewer" if differences[case] < 0 else "more"
+    return f"{amount} {word} {noun} ({before[case]} became {after[case]})"
 
 
 def _named(rows: Iterable[Row], variant: str) -> Row:
