@@ -15,7 +15,6 @@ import turnout
 PACKAGE = Path(turnout.__file__).parent
 # Files in which a vendor may be named, and why.
 ALLOWED = {
-    "audit/build.py": "asks for the name of the GPU, for the report",
     "bench/timing.py": "measures by the replay of graphs, which torch offers for CUDA and ROCm alone",
     "bench/routing.py": "measures the kernel on NVIDIA's GPUs against the one that vLLM runs there",
 }

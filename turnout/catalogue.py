@@ -140,9 +140,7 @@ _read = functools.partial(CatalogueEntry, evidence="read")
 TRITON_KERNELS = (
     _read(
         name="triton_kernels",
-        contract=Contract(
-            ids_dtype=torch.int16, weights_dtype=torch.bfloat16, sentinel=-1, structures=("bitmatrix",)
-        ),
+        contract=Contract(ids_dtype=torch.int16, weights_dtype=torch.bfloat16, sentinel=-1, structures=("bitmatrix",)),
         reads="SparseMatrix: int16 ids, weights in the dtype of the logits, a uint32 bitmatrix.",
         repository="triton-lang/triton",
         path="python/triton_kernels/triton_kernels/topk.py",
@@ -154,9 +152,7 @@ TRITON_KERNELS = (
     ),
     _read(
         name="triton_kernels.before_3.8",
-        contract=Contract(
-            ids_dtype=torch.int16, weights_dtype=torch.bfloat16, sentinel=-1, structures=("bitmatrix",)
-        ),
+        contract=Contract(ids_dtype=torch.int16, weights_dtype=torch.bfloat16, sentinel=-1, structures=("bitmatrix",)),
         reads="Bitmatrix (3.5) or SparseMatrix (3.6): int16 ids, weights in the dtype of the logits, bits.",
         repository="vllm-project/vllm",
         path="vllm/third_party/triton_kernels/topk.py",
@@ -281,9 +277,7 @@ KERNEL_LIBRARIES = (
     ),
     _read(
         name="aiter.fused_routing_from_topk",
-        contract=Contract(
-            ids_dtype=torch.int32, structures=("tokens_per_expert", "permuted_idx", "inv_permuted_idx")
-        ),
+        contract=Contract(ids_dtype=torch.int32, structures=("tokens_per_expert", "permuted_idx", "inv_permuted_idx")),
         reads="Flat int32 ids (others are cast), weights of any dtype; T*K at most 4096.",
         repository="ROCm/aiter",
         path="aiter/ops/triton/fusions/fused_routing_from_topk.py",

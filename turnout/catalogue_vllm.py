@@ -148,9 +148,7 @@ GPU_EXPERTS = (
     ),
     _vllm(
         "flydsl",
-        Contract(
-            ids_dtype=torch.int32, structures=("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
-        ),
+        Contract(ids_dtype=torch.int32, structures=("sorted_token_ids", "expert_ids", "num_tokens_post_padded")),
         FUSED_MOE + "fused_flydsl_moe.py",
         "Casts to int32 and float32, then sorts with AITER's moe_sorting.",
     ),
@@ -183,8 +181,7 @@ GPU_EXPERTS = (
         FUSED_MOE + "experts/gpt_oss_triton_kernels_moe.py",
         "Casts ids to int16 and weights to bfloat16, packs a bitmatrix, marks unused slots with weight -1.",
         versions=">=0.28,<=0.33 with triton_kernels <3.8",
-        note="Under expert parallelism a remap reads any integer and writes int64; the cast to int16 comes "
-        "after it.",
+        note="Under expert parallelism a remap reads any integer and writes int64; the cast to int16 comes after it.",
     ),
     _vllm(
         "xpu_experts",

@@ -32,7 +32,7 @@ def count(call: Callable[[], object], device: torch.device) -> Counts:
     """
     activities = [ProfilerActivity.CPU]
     if device.type != "cpu":
-        activities.append(ProfilerActivity[device.type.upper()])
+        activities.append(getattr(ProfilerActivity, device.type.upper()))
     profile = torch.profiler.profile(activities=activities)
     with _no_kineto_log():
         profile.start()

@@ -18,9 +18,7 @@ from turnout.types import Routing, RoutingInputs
 IMPLS = ("reference", "triton", "cpu")
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_INPUTS = RoutingInputs()
-_UNSUPPORTED_INPUTS = sorted(
-    {field.name for field in dataclasses.fields(RoutingInputs)} - {"per_expert_scale", "is_padding", "num_valid_tokens"}
-)
+_SUPPORTED_INPUTS = ("per_expert_scale", "is_padding", "num_valid_tokens")
 _SUPPORTED_FIELDS = {
     "num_experts", "top_k", "input_norm", "input_norm_eps", "projection_dtype", "router_bias", "sorted",
     "renormalize", "routed_scaling_factor", "per_expert_scale", "weights_rounding",
@@ -82,9 +80,9 @@ def route(
         router_logits, declarations, impl, inputs.per_expert_scale, inputs.is_padding, inputs.num_valid_tokens
     )  # fmt: skip
     if out is None:
-        return Routing(*torch.ops.turnout.route.default(*arguments))
+        return Routing(*_ops.route(*arguments))
     topk_weights, topk_ids = _check_out(out, router_logits, spec, contract)
-    torch.ops.turnout.route_out.default(*arguments, topk_weights=topk_weights, topk_ids=topk_ids)
+    _ops.route_out(*arguments, topk_weights=topk_weights, topk_ids=topk_ids)
     return Routing(topk_weights, topk_ids)
 
 
@@ -141,7 +139,7 @@ def route_prepared(
     if router_logits.requires_grad:
         _refuse_grad("router_logits")
     impl = choose_impl(router_logits, router_logits.shape[1]).impl
-    return torch.ops.turnout.route.default(  # type: ignore[no-any-return]
+    return _ops.route(  # type: ignore[no-any-return]
         router_logits, prepared, impl, per_expert_scale, None, None
     )
 
@@ -203,27 +201,42 @@ def _refuse_grad(name: str) -> NoReturn:
 
 
 def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
-    for name in _UNSUPPORTED_INPUTS:
-        if getattr(inputs, name) is not None:
-            raise NotImplementedError(f"route does not take RoutingInputs.{name} yet")
+    # One chain of identities, since this runs at every call; `_refuse_unsupported` names what is there.
+    if not (
+        inputs.e_score_correction_bias is inputs.input_ids is inputs.tid2eid is inputs.forced_ids
+        is inputs.expert_map is inputs.logical_to_physical_map is inputs.logical_replica_count
+        is inputs.expert_load is inputs.replay_ids is None
+    ):  # fmt: skip
+        _refuse_unsupported(inputs)
     scale = inputs.per_expert_scale
     if (scale is None) == spec.per_expert_scale:
         raise ValueError(
             f"the spec has per_expert_scale={spec.per_expert_scale}, but RoutingInputs.per_expert_scale is "
             f"{'missing' if scale is None else 'given'}"
         )
-    num_tokens = router_logits.shape[0]
     if scale is not None:
         _check_tensor("per_expert_scale", scale, (spec.num_experts,), LOGITS_DTYPES, router_logits.device)
+    if inputs.is_padding is not None or inputs.num_valid_tokens is not None:
+        _check_padding(router_logits, contract, inputs)
+
+
+def _check_padding(router_logits: torch.Tensor, contract: Contract, inputs: RoutingInputs) -> None:
+    num_tokens, device = router_logits.shape[0], router_logits.device
     if inputs.is_padding is not None:
-        _check_tensor("is_padding", inputs.is_padding, (num_tokens,), (torch.bool,), router_logits.device)
+        _check_tensor("is_padding", inputs.is_padding, (num_tokens,), (torch.bool,), device)
     if inputs.num_valid_tokens is not None:
-        _check_tensor("num_valid_tokens", inputs.num_valid_tokens, (1,), (torch.int32,), router_logits.device)
-    if contract.sentinel is None and (inputs.is_padding is not None or inputs.num_valid_tokens is not None):
+        _check_tensor("num_valid_tokens", inputs.num_valid_tokens, (1,), (torch.int32,), device)
+    if contract.sentinel is None:
         raise ValueError(
             "padding needs a contract with a sentinel, and this one has sentinel=None; "
             "give the id that the consumer skips, for instance Contract(..., sentinel=-1)"
         )
+
+
+def _refuse_unsupported(inputs: RoutingInputs) -> NoReturn:
+    names = [field.name for field in dataclasses.fields(inputs) if field.name not in _SUPPORTED_INPUTS]
+    given = [name for name in names if getattr(inputs, name) is not None]
+    raise NotImplementedError(f"route does not take {', '.join(f'RoutingInputs.{name}' for name in given)} yet")
 
 
 def _check_tensor(

@@ -22,6 +22,7 @@ _INPUTS = (
 )
 torch.library.define("turnout::route", f"({_INPUTS}) -> (Tensor topk_weights, Tensor topk_ids)")
 torch.library.define("turnout::route_out", f"({_INPUTS}, *, Tensor(a!) topk_weights, Tensor(b!) topk_ids) -> ()")
+route, route_out = torch.ops.turnout.route.default, torch.ops.turnout.route_out.default
 
 Launch = Callable[..., None]
 
