@@ -1,11 +1,17 @@
 """turnout: Mixture-of-Experts routing that writes every intermediate in the form its consumer reads."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from turnout._version import __version__
 from turnout.contracts import CatalogueEntry, Contract, contracts
 from turnout.integrations.transformers import apply, explain, restore
 from turnout.routing.api import route
 from turnout.spec import RouterSpec
 from turnout.types import Routing, RoutingInputs
+
+if TYPE_CHECKING:
+    from turnout.audit.api import audit
 
 __all__ = [
     "CatalogueEntry",
@@ -15,8 +21,16 @@ __all__ = [
     "RoutingInputs",
     "__version__",
     "apply",
+    "audit",
     "contracts",
     "explain",
     "restore",
     "route",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``turnout.audit``, imported at its first use: a room above this one, and a module that can be called."""
+    if name == "audit":
+        return importlib.import_module("turnout.audit")
+    raise AttributeError(f"module 'turnout' has no attribute {name!r}")

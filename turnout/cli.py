@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turnout._version import __version__
+from turnout.audit.cli import audit_command, doctor_command
 from turnout.bench.cli import demo_command
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("contracts")(contracts_command)
+app.command("audit")(audit_command)
+app.command("doctor")(doctor_command)
 
 
 def main() -> None:

@@ -22,6 +22,9 @@ _INPUTS = (
 )
 torch.library.define("turnout::route", f"({_INPUTS}) -> (Tensor topk_weights, Tensor topk_ids)")
 torch.library.define("turnout::route_out", f"({_INPUTS}, *, Tensor(a!) topk_weights, Tensor(b!) topk_ids) -> ()")
+# Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
+for _operator in ("route", "route_out"):
+    torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
 route, route_out = torch.ops.turnout.route.default, torch.ops.turnout.route_out.default
 
 Launch = Callable[..., None]

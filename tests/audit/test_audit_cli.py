@@ -1,0 +1,138 @@
+"""``turnout audit`` and ``turnout doctor`` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from turnout.audit.cli import audit_command, doctor_command
+
+pytest.importorskip("transformers")
+
+app = typer.Typer()
+app.command("audit")(audit_command)
+app.command("doctor")(doctor_command)
+
+PROGRAM = """
+import torch
+
+def wasteful():
+    return (torch.ones(3) * 2).clone() + 1
+
+def raising():
+    wasteful()
+    raise RuntimeError("half-way")
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "audited_program.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "audited_program"
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_callable_is_audited_and_written_as_json_and_html(program, tmp_path) -> None:
+    result = run(
+        "audit", "--module", f"{program}:wasteful", "--json", tmp_path / "a.json", "--html", tmp_path / "a.html"
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 redundant copy in wasteful" in words(result.output)
+    assert json.loads((tmp_path / "a.json").read_text())["findings"][0]["kind"] == "layout"
+    assert "<svg" not in (tmp_path / "a.html").read_text()  # no module, no picture
+
+
+def test_over_budget_exits_with_one_and_says_so(program) -> None:
+    result = run("audit", "--module", f"{program}:wasteful", "--fail-over", "0")
+    assert result.exit_code == 1
+    assert "over budget: 1 redundant copies, allowed 0" in result.output
+    assert run("audit", "--module", f"{program}:wasteful", "--fail-over", "1").exit_code == 0
+
+
+def test_a_program_that_raises_is_reported_and_exits_with_one(program) -> None:
+    result = run("audit", "--module", f"{program}:raising")
+    assert result.exit_code == 1
+    assert "The program raised RuntimeError: half-way" in words(result.output)
+    assert "1 redundant copy" in result.output
+
+
+def test_a_model_before_and_after_apply_compared(tmp_path) -> None:
+    before, after, html = tmp_path / "before.json", tmp_path / "after.json", tmp_path / "both.html"
+    small = ("audit", "--model", "tiny", "--prefill", "8", "--decode", "1")
+    assert run(*small, "--json", before).exit_code == 0
+    applied = run(*small, "--apply", "--json", after, "--fail-over", "0", "--budget-region", "routing")
+    assert applied.exit_code == 0, applied.output
+    result = run("audit", "--compare", before, after, "--html", html)
+    assert result.exit_code == 0
+    assert "dtype mismatch" in result.output
+    assert "<svg" in html.read_text()
+
+
+def test_a_region_may_be_named(program) -> None:
+    small = ("audit", "--model", "tiny-mixtral", "--prefill", "4", "--decode", "0")
+    result = run(*small, "--region", "attention=*.self_attn", "--fail-over", "0", "--budget-region", "attention")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "give exactly one of --model, --module and --compare"),
+        (("--model", "no-such/model"), "could not load the model 'no-such/model'"),
+        (("--model", "tiny", "--device", "xpu"), "device 'xpu' was asked for"),
+        (("--model", "tiny", "--dtype", "bf17"), "'bf17' is no torch dtype"),
+        (("--module", "audited_program"), "must be pkg.mod:callable"),
+        (("--module", "audited_program:absent"), "no attribute 'absent'"),
+        (("--module", "audited_program:NUMBER"), "is a int, not a callable"),
+        (("--module", "no_such_module:x"), "No module named 'no_such_module'"),
+        (("--module", "audited_program:wasteful", "--region", "bad"), "must be NAME=START"),
+        (
+            ("--module", "audited_program:wasteful", "--fail-over", "0", "--budget-region", "routing"),
+            "no region 'routing'",
+        ),
+        (("--compare", "no.json", "such.json"), "No such file"),
+    ],
+)
+def test_bad_input_exits_with_two_and_one_sentence(program, args, message) -> None:
+    result = run("audit", *args)
+    assert result.exit_code == 2
+    assert message in words(result.output)
+    assert "Traceback" not in result.output
+
+
+class TestDoctor:
+    def test_without_a_model_it_looks_at_the_machine(self) -> None:
+        result = run("doctor")
+        assert result.exit_code == 0
+        assert "transformers" in result.output
+        assert "Pass --model" in result.output
+
+    def test_the_tiny_model_would_lose_its_redundant_copies(self) -> None:
+        result = run("doctor", "--model", "tiny")
+        assert result.exit_code == 0, result.output
+        shown = words(result.output)
+        assert "redundant copies, logits to experts │ 6 │ 0" in shown
+        assert "turnout.apply replaces 6 of 6 routers" in shown
+        assert "grouped_mm" in shown
+
+    def test_a_family_that_is_not_replaced_is_told_that_there_is_no_gain(self) -> None:
+        result = run("doctor", "--model", "tiny-mixtral")
+        assert result.exit_code == 0, result.output
+        assert "No gain here: turnout replaces none of these routers yet" in words(result.output)
+
+    def test_a_model_that_is_not_there_is_refused(self) -> None:
+        assert run("doctor", "--model", "no-such/model").exit_code == 2

@@ -1,0 +1,64 @@
+"""Our own budget is zero: `turnout.route`, outside and inside the operator, and the tiny Gemma 4 with it applied."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+import turnout
+from turnout.audit import models
+from turnout.audit.api import audit_calls
+from turnout.audit.decoder import Steps
+from turnout.audit.device_time import measure
+
+INSTALLED = any(point.value == "pytest_turnout" for point in entry_points(group="pytest11"))
+pytest_plugins = () if INSTALLED else ("pytest_turnout",)
+
+SPEC = turnout.RouterSpec(num_experts=16, top_k=4)
+CONTRACTS = [
+    turnout.Contract(ids_dtype=ids, weights_dtype=weights)
+    for ids in (torch.int16, torch.int32, torch.int64)
+    for weights in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: f"{c.ids_dtype}-{c.weights_dtype}")
+class TestRoute:
+    def test_no_copy_around_the_operator(self, copy_budget, contract, logits_dtype) -> None:
+        logits = torch.randn(8, 16).to(logits_dtype)
+        with copy_budget(0) as budget:
+            turnout.route(logits, SPEC, contract)
+        assert any("turnout::" in note for note in budget.report.notes)
+
+    def test_no_copy_inside_the_operator(self, contract, logits_dtype) -> None:
+        """The recorder does not see inside; the profiler does."""
+        logits = torch.randn(8, 16).to(logits_dtype)
+        turnout.route(logits, SPEC, contract)
+        (phase,) = measure({"route": [lambda: turnout.route(logits, SPEC, contract)]}, None, "cpu").phases
+        assert (phase.copy_calls, phase.to_copy_calls) == (0, 0), phase.modules
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_the_applied_tiny_gemma4_makes_none_between_logits_and_experts(copy_budget, experts) -> None:
+    pytest.importorskip("transformers")
+    model = models.load("tiny", dtype=torch.bfloat16, experts=experts)
+    turnout.apply(model)
+    steps = Steps(model, prefill=8, concurrency=2)
+    with torch.no_grad(), copy_budget(0, model=model, region="routing"):
+        steps.first()
+        steps.next()
+
+
+def test_the_budget_would_notice_the_copy_of_pr_40565(copy_budget) -> None:
+    """int32 ids for a reader of int64: without the right contract there is a cast, and the budget sees it."""
+    logits = torch.randn(8, 16)
+
+    def with_contract(ids_dtype: torch.dtype) -> int:
+        contract = turnout.Contract(ids_dtype=ids_dtype)
+        report = audit_calls(lambda: logits.gather(1, turnout.route(logits, SPEC, contract).topk_ids.long()))
+        return report.redundant_count()
+
+    assert (with_contract(torch.int32), with_contract(torch.int64)) == (1, 0)

@@ -1,0 +1,164 @@
+"""``turnout audit`` and ``turnout doctor``. The functions' signatures are their options, one for one."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from turnout.audit.report import AuditReport
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Checkpoint folder, model id, or tiny, tiny-mixtral, tiny-qwen3-moe."),
+]
+
+
+def audit_command(
+    model: ModelOption = None,
+    module: Annotated[
+        str | None, typer.Option(help="pkg.mod:callable, called without arguments, in place of a model.")
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=1, help="Prompt tokens per sequence.")] = 64,
+    decode: Annotated[int, typer.Option(min=0, help="Single-token steps after the prompt.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, xpu.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "bfloat16",
+    experts: Annotated[
+        str | None, typer.Option(help="transformers experts implementation: eager, batched_mm, grouped_mm.")
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Audit the model after turnout.apply.")] = False,
+    region: Annotated[
+        list[str] | None, typer.Option(help="NAME=START[..STOP], see docs/AUDIT.md; may be repeated.")
+    ] = None,
+    time: Annotated[bool, typer.Option("--time", help="Also measure device time.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report here as a web page.")] = None,
+    fail_over: Annotated[
+        int | None, typer.Option(min=0, help="Exit 1 if there are more redundant copies than this.")
+    ] = None,
+    budget_region: Annotated[str | None, typer.Option(help="Count only this region's copies for --fail-over.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two JSON reports, before and after, in place of an audit.")
+    ] = None,
+) -> None:
+    """Find the copies that a model or function makes and does not need."""
+    if sum(given is not None for given in (model, module, compare)) != 1:
+        _refuse("give exactly one of --model, --module and --compare")
+    if compare is not None:
+        _compare(compare, html)
+        return
+    try:
+        if module is not None:
+            report = _audit_callable(module, region, device, time)
+        else:
+            loaded = _load(str(model), dtype=dtype, device=device, experts=experts, apply=apply)
+            report = _audit_model(loaded, region, (prefill, decode, concurrency), time)
+            report.target += ", turnout applied" if apply else ""
+        over = 0 if fail_over is None else report.redundant_count(budget_region) - fail_over
+    except (ValueError, KeyError) as error:
+        _refuse(str(error.args[0]))
+    _write(report, json, html)
+    if report.error:
+        raise typer.Exit(1)
+    if over > 0:
+        where = f" in {budget_region}" if budget_region else ""
+        count = report.redundant_count(budget_region)
+        typer.echo(f"over budget: {count} redundant copies{where}, allowed {fail_over}", err=True)
+        raise typer.Exit(1)
+
+
+def doctor_command(model: ModelOption = None) -> None:
+    """Say what turnout finds on this machine and in a model, what it would change, and what that would gain."""
+    from turnout.audit.doctor import examine, show
+
+    try:
+        show(examine(model))
+    except ValueError as error:
+        _refuse(str(error))
+
+
+def _load(name: str, *, dtype: str, device: str, experts: str | None, apply: bool) -> Any:
+    import torch
+
+    from turnout.audit.models import load
+
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise ValueError(f"--dtype {dtype!r} is no torch dtype; pass bfloat16, float16 or float32")
+    model = load(name, dtype=wanted, device=device, experts=experts)
+    if apply:
+        from turnout.integrations.transformers import apply as apply_turnout
+
+        apply_turnout(model)
+    return model
+
+
+def _regions(texts: list[str] | None) -> tuple[Any, ...]:
+    from turnout.audit.regions import Region
+
+    return tuple(Region.parse(text) for text in texts or ())
+
+
+def _audit_model(model: Any, regions: list[str] | None, sizes: tuple[int, int, int], time: bool) -> AuditReport:
+    from turnout.audit.api import audit_decoder, default_regions
+
+    prefill, decode, concurrency = sizes
+    return audit_decoder(
+        model,
+        prefill=prefill,
+        decode=decode,
+        concurrency=concurrency,
+        regions=(*default_regions(model), *_regions(regions)),
+        device_time=time,
+    )
+
+
+def _audit_callable(name: str, regions: list[str] | None, device: str, time: bool) -> AuditReport:
+    from turnout.audit.api import audit_calls
+    from turnout.audit.models import check_device
+
+    check_device(device)
+    path, colon, attribute = name.partition(":")
+    if not (path and colon and attribute):
+        raise ValueError(f"--module must be pkg.mod:callable, got {name!r}")
+    try:
+        fn = getattr(importlib.import_module(path), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--module {name!r}: {error}; give an importable module and a name in it") from error
+    if not callable(fn):
+        raise ValueError(f"--module {name!r} is a {type(fn).__name__}, not a callable; name a function to call")
+    return audit_calls(fn, regions=_regions(regions), device_time=device if time else None)
+
+
+def _compare(files: tuple[Path, Path], html: Path | None) -> None:
+    from rich.console import Console
+
+    from turnout.audit.compare import table
+    from turnout.audit.report import AuditReport
+
+    try:
+        before, after = (AuditReport.from_json(path.read_text(encoding="utf-8")) for path in files)
+        Console().print(table(before, after))
+    except (OSError, ValueError) as error:
+        _refuse(str(error))
+    if html is not None:
+        from turnout.audit.html import comparison_page
+
+        html.write_text(comparison_page(before, after), encoding="utf-8")
+
+
+def _write(report: AuditReport, json: Path | None, html: Path | None) -> None:
+    report.print()
+    if json is not None:
+        report.to_json(json)
+    if html is not None:
+        report.to_html(html)
+
+
+def _refuse(message: str) -> None:
+    typer.echo(f"turnout: {message}", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,177 @@
+"""``turnout doctor``: what is here, what turnout would change in a model, and what that gains on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import turnout
+from turnout.audit.api import audit_decoder, default_regions
+from turnout.audit.build import environment
+from turnout.audit.decoder import Steps
+from turnout.audit.models import load
+from turnout.audit.report import AuditReport
+
+_PACKAGES = ("triton", "transformers", "vllm", "numba")
+_PROMPT = 16
+_STEPS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What `turnout.apply` does to one decode step of a model, measured here.
+
+    Attributes:
+        redundant: redundant copies between router logits and experts, before and after.
+        operators: operators in all, before and after.
+        step_ms: median milliseconds of a step, before and after, taken in turns.
+        spread_ms: interquartile range of the paired differences.
+    """
+
+    redundant: tuple[int, int]
+    operators: tuple[int, int]
+    step_ms: tuple[float, float]
+    spread_ms: float
+
+    @property
+    def gain(self) -> str:
+        """The gain in words; says so where there is none."""
+        before, after = self.step_ms
+        times = f"{before:.2f} ms -> {after:.2f} ms per decode step (differences spread over {self.spread_ms:.2f} ms)"
+        if before - after <= self.spread_ms:
+            return f"no gain here that can be told from noise: {times}"
+        return f"{(before - after) / before:.0%} of a decode step: {times}"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What the doctor found.
+
+    Attributes:
+        environment: versions and hardware.
+        model: the model's name, or "" if none was given.
+        layers: what `turnout.explain` says of the model; "" where it has no Mixture-of-Experts layer.
+        effect: measured change; None where nothing would change.
+        verdict: one sentence.
+    """
+
+    environment: dict[str, str]
+    model: str
+    layers: str
+    effect: Effect | None
+    verdict: str
+
+
+def examine(name: str | None) -> Diagnosis:
+    """Examine this machine and, if named, a model on it.
+
+    Args:
+        name: as for `turnout audit --model`; None to look at the machine only.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = "cpu" if accelerator is None else accelerator.type
+    here = {**environment(device), **{package: _version(package) for package in _PACKAGES}}
+    if name is None:
+        return Diagnosis(here, "", "", None, "Pass --model to see what would change in one.")
+    model = load(name, dtype=torch.bfloat16, device=device)
+    if not default_regions(model):
+        return Diagnosis(here, name, "", None, "No gain here: the model has no Mixture-of-Experts layer.")
+    layers = turnout.explain(model)
+    replaced = sum(row.contract is not None for row in layers)
+    if not replaced:
+        return Diagnosis(here, name, str(layers), None, "No gain here: turnout replaces none of these routers yet.")
+    effect = _measure(model)
+    verdict = f"turnout.apply replaces {replaced} of {len(layers)} routers: {effect.gain}."
+    return Diagnosis(here, name, str(layers), effect, verdict)
+
+
+def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
+    """Print a diagnosis.
+
+    Args:
+        diagnosis: what `examine` returned.
+        console: where to; standard output unless given.
+    """
+    console = console or Console()
+    table = Table(title="Here", title_justify="left", show_header=False)
+    for key, value in diagnosis.environment.items():
+        table.add_row(key, value)
+    console.print(table)
+    if diagnosis.layers:
+        console.print(Text(f"\n{diagnosis.model}: {diagnosis.layers}\n"))
+    effect = diagnosis.effect
+    if effect is not None:
+        changes = Table(title="One decode step with turnout.apply", title_justify="left")
+        for column in ("", "before", "after"):
+            changes.add_column(column, justify="right" if column else "left")
+        changes.add_row("redundant copies, logits to experts", *map(str, effect.redundant))
+        changes.add_row("operators", *map(str, effect.operators))
+        changes.add_row("milliseconds", *(f"{ms:.2f}" for ms in effect.step_ms))
+        console.print(changes)
+    console.print(Text(diagnosis.verdict, style="bold"))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _measure(model: torch.nn.Module) -> Effect:
+    before = audit_decoder(model, prefill=_PROMPT, decode=1)
+    turnout.apply(model)
+    after = audit_decoder(model, prefill=_PROMPT, decode=1)
+    turnout.restore(model)
+    pairs = _step_times(model)
+    differences = statistics.quantiles([stock - ours for stock, ours in pairs], n=4)
+    medians = (statistics.median(stock for stock, _ in pairs), statistics.median(ours for _, ours in pairs))
+    return Effect(
+        redundant=(_redundant(before), _redundant(after)),
+        operators=(_operators(before), _operators(after)),
+        step_ms=medians,
+        spread_ms=differences[2] - differences[0],
+    )
+
+
+def _redundant(report: AuditReport) -> int:
+    return sum(f.count for f in report.redundant("routing") if f.phase == "decode")
+
+
+def _operators(report: AuditReport) -> int:
+    return next(phase.operators for phase in report.phases if phase.name == "decode")
+
+
+def _step_times(model: torch.nn.Module) -> list[tuple[float, float]]:
+    """Milliseconds of a decode step, stock and applied in turns, so that a drift of the machine hits both."""
+    pairs = []
+    with torch.no_grad():
+        stock, ours = (Steps(model, prefill=_PROMPT, concurrency=1) for _ in range(2))
+        stock.first()
+        ours.first()
+        for _ in range(_STEPS):
+            stock_ms = _timed(stock.next)
+            turnout.apply(model)
+            ours_ms = _timed(ours.next)
+            turnout.restore(model)
+            pairs.append((stock_ms, ours_ms))
+    return pairs[3:]  # the first steps compile and warm up
+
+
+def _timed(step: Any) -> float:
+    begin = time.perf_counter()
+    step()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return (time.perf_counter() - begin) * 1e3
