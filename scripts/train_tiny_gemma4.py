@@ -177,8 +177,7 @@ def load_penalty(router_probabilities: torch.Tensor, topk_ids: torch.Tensor) -> 
     Returns:
         A scalar, zero once no expert lacks load.
     """
-    num_experts = router_probabilities.shape[1]
-    load = torch.bincount(topk_ids.flatten(), minlength=num_experts) * (num_experts / topk_ids.numel())
+    load = relative_load(topk_ids, router_probabilities.shape[1])
     floor = torch.full_like(load, STARVING).scatter(0, load.argmax(keepdim=True), CROWDED)
     lack = (floor - load).clamp(min=0) / floor  # [E]
     return -(lack * router_probabilities.clamp(min=1e-9).log().mean(0)).sum()

@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("reference", "triton", "cpu")
 # lies above it uses turnout as its users do.
 LAYERS = [
     {"_version", "device"},
-    {"families", "spec", "types", "contracts", "catalogue", "catalogue_vllm", "catalogue_table"},
+    {"families", "spec", "types", "contracts", "catalogue", "catalogue_vllm"},
     {*ROOMS, "testing"},
     {"moe"},
     {"integrations"},
@@ -34,9 +34,7 @@ def module_of(path):
 
 
 MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-SOURCES = [
-    path for folder in ("turnout", "tests", "scripts", "examples") for path in sorted((PROJECT / folder).rglob("*.py"))
-]
+SOURCES = [path for folder in ("turnout", "tests", "scripts") for path in sorted((PROJECT / folder).rglob("*.py"))]
 EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=lambda module: module or "turnout")
 EACH_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PROJECT)))
 

@@ -141,3 +141,8 @@ def test_equal_specs_have_equal_keys_and_hashes():
     assert whole == decimal
     assert whole.key == decimal.key
     assert hash(whole) == hash(decimal)
+
+
+def test_a_factor_beyond_float32_is_refused():
+    with pytest.raises(ValueError, match="routed_scaling_factor must be a float32 number, got 1e\\+39"):
+        RouterSpec(num_experts=8, top_k=2, routed_scaling_factor=1e39)

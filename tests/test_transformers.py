@@ -334,3 +334,11 @@ def test_another_top_k_asks_for_apply_again(model):
 def test_importing_the_integration_imports_no_transformers():
     code = "import sys, turnout.integrations.transformers; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_float64_model_is_refused_in_a_sentence(model):
+    model = model.double()
+    model.set_experts_implementation("batched_mm")
+    apply(model)
+    with pytest.raises(ValueError, match=r"router_logits must be float32, bfloat16 or float16, got torch\.float64"):
+        logits_of(model, text_ids(8))

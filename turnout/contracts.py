@@ -70,6 +70,8 @@ class Contract:
         _check_member("ids_dtype", self.ids_dtype, IDS_DTYPES)
         _check_member("weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
         _check_member("id_space", self.id_space, ID_SPACES)
+        if not isinstance(self.structures, (tuple, list)):
+            raise TypeError(f"structures must be a tuple of names, got {self.structures!r}")
         object.__setattr__(self, "structures", tuple(self.structures))
         for structure in self.structures:
             _check_member("structures", structure, STRUCTURES)
@@ -97,6 +99,10 @@ class Contract:
                 f"sentinel={self.sentinel} contradicts ids_dtype={self.ids_dtype}: it must lie in "
                 f"[{limits.min}, {limits.max}]. Choose a sentinel that the dtype holds, or another dtype."
             )
+
+    def sentinel_id(self, num_experts: int) -> int | None:
+        """The sentinel as a number, for a router of so many experts; None where the consumer knows none."""
+        return num_experts if self.sentinel == "num_experts" else self.sentinel
 
     # By the key, which says all: comparing and hashing field by field costs microseconds at every call.
     def __eq__(self, other: object) -> bool:

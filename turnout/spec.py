@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from turnout.families import spec_fields
 
+FLOAT32_MAX = 3.4028234663852886e38
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSpec:
@@ -116,6 +118,8 @@ class RouterSpec:
             )
 
     def _check_counts(self) -> None:
+        if abs(self.routed_scaling_factor) > FLOAT32_MAX:
+            raise ValueError(f"routed_scaling_factor must be a float32 number, got {self.routed_scaling_factor}")
         if self.num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, got {self.num_experts}")
         if not 1 <= self.top_k <= self.num_experts:

@@ -2,12 +2,28 @@
 
 import pytest
 import torch
-from transformers import Gemma4TextConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    FlexOlmoConfig,
+    Gemma4TextConfig,
+    JambaConfig,
+    MiniMaxConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
+from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoTopKRouter
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
+from transformers.models.jamba.modeling_jamba import JambaTopKRouter
+from transformers.models.minimax.modeling_minimax import MiniMaxTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextTopKRouter
 
 import turnout
 from turnout.testing.checks import WEIGHTS_TOLERANCE
@@ -26,6 +42,11 @@ ROUTERS = {
     "qwen3_moe": (Qwen3MoeTopKRouter, Qwen3MoeConfig(num_experts=24, **SIZES)),
     "qwen3_moe_renormalized": (Qwen3MoeTopKRouter, Qwen3MoeConfig(num_experts=24, norm_topk_prob=True, **SIZES)),
     "olmoe": (OlmoeTopKRouter, OlmoeConfig(num_experts=24, **SIZES)),
+    "flex_olmo": (FlexOlmoTopKRouter, FlexOlmoConfig(num_experts=24, **SIZES)),
+    "jamba": (JambaTopKRouter, JambaConfig(num_experts=24, **SIZES)),
+    "minimax": (MiniMaxTopKRouter, MiniMaxConfig(num_local_experts=24, **SIZES)),
+    "qwen3_next": (Qwen3NextTopKRouter, Qwen3NextConfig(num_experts=24, **SIZES)),
+    "qwen3_5_moe": (Qwen3_5MoeTopKRouter, Qwen3_5MoeTextConfig(num_experts=24, **SIZES)),
 }
 EACH_ROUTER = pytest.mark.parametrize("name", ROUTERS)
 

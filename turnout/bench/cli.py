@@ -1,9 +1,10 @@
-"""``turnout demo``. The function's signature is its options, one for one."""
+"""``turnout demo`` and ``turnout bench``. A function's signature is its options, one for one."""
 
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -54,9 +55,50 @@ def demo_command(
             demo = open_demo(settings)
         except ValueError as error:
             progress.stop()
-            typer.echo(f"turnout: {error}", err=True)
-            raise typer.Exit(2) from error
-        result = run_demo(demo, lambda step: progress.update(task, description=step))
+            _refuse(str(error), error)
+
+        def report_step(step: str) -> None:
+            progress.update(task, description=step)
+            if not progress.console.is_terminal:  # rich draws nothing there
+                typer.echo(step, err=True)
+
+        result = run_demo(demo, report_step)
     result.show(Console(stderr=json))
     if json:
         typer.echo(json_module.dumps(result.to_json()))
+
+
+bench_app = typer.Typer(help="Kernel tables, for the record.", no_args_is_help=True)
+
+
+@bench_app.command("routing")
+def routing_command(
+    json: Annotated[Path, typer.Option(help="File that the result is written to.")],
+    vllm: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the package vllm, of which one source file is read; else the installed one."),
+    ] = None,
+    num_experts: Annotated[int, typer.Option(min=1)] = 128,
+    top_k: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the logits.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=2, help="Replays of each variant, in turns.")] = 25,
+) -> None:
+    """Routing alone on a CUDA device: turnout, vLLM's kernel, its cast and torch, in captured graphs."""
+    from turnout.bench.routing import run, table
+    from turnout.contracts import dtype_name
+    from turnout.routing.api import LOGITS_DTYPES
+
+    dtypes = {dtype_name(each): each for each in LOGITS_DTYPES}
+    if dtype not in dtypes:
+        _refuse(f"--dtype must be one of {', '.join(dtypes)}; got {dtype}")
+    try:
+        result = run(num_experts, top_k, dtypes[dtype], vllm, rounds)
+    except (FileNotFoundError, ValueError) as error:
+        _refuse(str(error), error)
+    json.write_text(json_module.dumps(result, indent=1) + "\n")
+    typer.echo(table(result))
+
+
+def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
+    typer.echo(f"turnout: {message}", err=True)
+    raise typer.Exit(2) from cause

@@ -92,7 +92,7 @@ def run_demo(demo: Demo, report_step: Callable[[str], None]) -> Result:
 
     Args:
         demo: what to run; its models are in float32 afterwards.
-        report_step: called with a few words at the start of each of `num_steps` steps.
+        report_step: called with a few words at the start of each step.
     """
     variants = {"stock": Variant(demo.stock), "turnout": Variant(demo.turnout)}
     if demo.settings.compiled:
@@ -122,11 +122,6 @@ def run_demo(demo: Demo, report_step: Callable[[str], None]) -> Result:
         bits_per_byte=bits,
         identity=_identity_in_float32(demo),
     )
-
-
-def num_steps(settings: Settings) -> int:
-    """How often `run_demo` reports a step."""
-    return len(_scenarios(settings)) + 2
 
 
 def _device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -61,20 +62,21 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout turnout runs from, with a ``+`` where files were changed since.
+    """The commit of the checkout turnout runs from, with a ``+`` where files were changed since; None outside one.
 
     A copy of the files without their history can say its commit in the environment variable TURNOUT_COMMIT.
     """
     if named := os.environ.get("TURNOUT_COMMIT"):
         return named
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
+    if shutil.which("git") is None or not (root / ".git").exists():
         return None
     head = _git(root, "rev-parse", "HEAD")
-    return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return None if head is None else head + ("+" if changed else "")
 
 
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None where it refuses, as in a checkout that belongs to another user."""
+    run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else None

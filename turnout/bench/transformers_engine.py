@@ -25,8 +25,10 @@ def read_config(name: str) -> Any:
     Raises:
         ValueError: no such checkpoint, or another kind of model.
     """
-    from transformers import AutoConfig
-
+    try:
+        from transformers import AutoConfig
+    except ModuleNotFoundError as error:
+        raise ValueError("turnout demo needs transformers: pip install 'turnout[transformers]'") from error
     if name.startswith((".", "/")) and not Path(name).exists():
         raise ValueError(f"there is no checkpoint folder {name!r}; pass a folder that exists, or a hub id")
     try:
@@ -56,12 +58,19 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def load_tokenizer(name: str) -> Any | None:
-    """The checkpoint's tokenizer; None if it has none."""
+    """The checkpoint's tokenizer; None if it has none.
+
+    Raises:
+        ValueError: it has one that transformers cannot load.
+    """
     from transformers import AutoTokenizer
 
+    folder = Path(name)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if folder.is_dir() and any(folder.glob("tokenizer*")):
+            raise ValueError(f"transformers cannot load the tokenizer of {name!r}: {_first_sentence(error)}") from error
         return None
 
 

@@ -45,7 +45,8 @@ def route(
 
     One launch on a GPU, one pass over each row on a CPU; the ids and weights are stored in the contract's
     dtypes by that launch. For any bit pattern of the logits the K ids of a row are distinct and in range, in
-    descending order of the logit (ties to the lowest id, NaN below every number), and the weights are finite:
+    descending order of the logit (ties to the lowest id, NaN below every number), and the weights are finite (for
+    finite scales whose product with a weight its dtype holds):
     entries of +inf share the mass, -inf and NaN get 0, and where nothing else was selected all K share alike.
     A row's result does not depend on the other rows.
 
@@ -134,10 +135,11 @@ def route_prepared(
         ``topk_weights`` and ``topk_ids`` [T, K].
 
     Raises:
-        ValueError: the logits require grad.
+        ValueError: the logits require grad, or are of a dtype that `route` does not take.
     """
-    if router_logits.requires_grad:
-        _refuse_grad("router_logits")
+    if router_logits.dtype not in LOGITS_DTYPES:
+        _refuse_dtype(router_logits)
+    _check_grad("router_logits", router_logits)
     impl = choose_impl(router_logits, router_logits.shape[1]).impl
     return _ops.route(  # type: ignore[no-any-return]
         router_logits, prepared, impl, per_expert_scale, None, None
@@ -183,21 +185,25 @@ def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
             f"router_logits has {router_logits.shape[1]} columns, the spec has num_experts={spec.num_experts}"
         )
     if router_logits.dtype not in LOGITS_DTYPES:
-        raise ValueError(f"router_logits must be float32, bfloat16 or float16, got {router_logits.dtype}")
+        _refuse_dtype(router_logits)
     if router_logits.stride(1) != 1 and router_logits.shape[1] > 1:
         raise ValueError(
             f"router_logits must have contiguous rows, got strides {router_logits.stride()}; rows may lie apart, "
             "columns may not: pass router_logits.contiguous() if the copy is meant"
         )
-    if router_logits.requires_grad:
-        _refuse_grad("router_logits")
+    _check_grad("router_logits", router_logits)
 
 
-def _refuse_grad(name: str) -> NoReturn:
-    raise ValueError(
-        f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad(), "
-        "or detach the tensor"
-    )
+def _refuse_dtype(router_logits: torch.Tensor) -> NoReturn:
+    raise ValueError(f"router_logits must be float32, bfloat16 or float16, got {router_logits.dtype}")
+
+
+def _check_grad(name: str, tensor: torch.Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad(), "
+            "or detach the tensor"
+        )
 
 
 def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
@@ -253,13 +259,14 @@ def _check_tensor(
         raise ValueError(f"{name} is on {tensor.device}, router_logits on {device}; move one of them")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        _refuse_grad(name)
+    _check_grad(name, tensor)
 
 
 def _check_out(
     out: Routing | Sequence[torch.Tensor], router_logits: torch.Tensor, spec: RouterSpec, contract: Contract
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(out, Sequence):
+        raise TypeError(f"out must be a turnout.Routing or (topk_weights, topk_ids), got {type(out).__name__}")
     buffers = [buffer for buffer in out if buffer is not None]
     if len(buffers) != 2:
         raise ValueError(f"out must hold topk_weights and topk_ids, got {len(buffers)} buffers")

@@ -43,7 +43,7 @@ def launch(
         )
     num_tokens, num_experts = router_logits.shape
     logits_code = _FLOAT_CODE[router_logits.dtype]
-    sentinel = num_experts if contract.sentinel == "num_experts" else contract.sentinel
+    sentinel = contract.sentinel_id(num_experts)
     arguments = (
         router_logits.data_ptr(), logits_code, router_logits.stride(0), num_experts, spec.top_k,
         spec.renormalize, spec.routed_scaling_factor,
@@ -66,15 +66,15 @@ def _in_threads(route_rows: Callable[[int, int], None], num_tokens: int, num_exp
         return
     step = math.ceil(num_tokens / threads)
     shares = [(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
-    others = [_pool().submit(route_rows, *share) for share in shares[1:]]
+    others = [_pool(threads - 1).submit(route_rows, *share) for share in shares[1:]]
     route_rows(*shares[0])
     for other in others:
         other.result()
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads() - 1), thread_name_prefix="turnout")
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=workers, thread_name_prefix="turnout")
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of the pool's threads

@@ -1,6 +1,6 @@
 """The operators ``turnout::route`` and ``turnout::route_out``, as torch's dispatcher, compiler and export see them.
 
-Spec and contract travel as one JSON string: an exported graph holds all it needs and no handle into this
+Spec and contract travel as one string, two lines of JSON: an exported graph holds all it needs and no handle into this
 process. Which implementation runs is an argument, so that a compiled graph runs what eager code ran.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from turnout.contracts import Contract
 from turnout.spec import RouterSpec
 
+_SEPARATOR = "\n"
 _INPUTS = (
     "Tensor router_logits, str declarations, str impl, "
     "Tensor? per_expert_scale, Tensor? is_padding, Tensor? num_valid_tokens"
@@ -32,13 +32,13 @@ Launch = Callable[..., None]
 
 def declarations(spec: RouterSpec, contract: Contract) -> str:
     """Spec and contract as the string that the operators take."""
-    return f"[{spec.key}, {contract.key}]"
+    return spec.key + _SEPARATOR + contract.key
 
 
 @functools.cache
 def _declared(declarations: str) -> tuple[RouterSpec, Contract]:
-    spec, contract = json.loads(declarations)
-    return RouterSpec.from_key(json.dumps(spec)), Contract.from_key(json.dumps(contract))
+    spec_key, contract_key = declarations.split(_SEPARATOR)
+    return RouterSpec.from_key(spec_key), Contract.from_key(contract_key)
 
 
 @functools.cache

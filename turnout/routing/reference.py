@@ -76,14 +76,9 @@ def launch(
     if num_valid_tokens is not None:
         padding = padding | (torch.arange(len(ids), device=ids.device) >= num_valid_tokens)
     if is_padding is not None or num_valid_tokens is not None:
+        sentinel = contract.sentinel_id(spec.num_experts)
+        assert sentinel is not None, "route refuses padding for a contract without sentinel"
         weights = weights.masked_fill(padding[:, None], 0.0)
-        ids = ids.masked_fill(padding[:, None], sentinel_id(spec, contract))
+        ids = ids.masked_fill(padding[:, None], sentinel)
     topk_weights.copy_(weights)
     topk_ids.copy_(ids)
-
-
-def sentinel_id(spec: RouterSpec, contract: Contract) -> int:
-    """The contract's sentinel as a number."""
-    if contract.sentinel is None:
-        raise ValueError("padding needs a contract with a sentinel; this one has sentinel=None")
-    return spec.num_experts if contract.sentinel == "num_experts" else contract.sentinel

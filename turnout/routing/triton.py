@@ -53,7 +53,7 @@ def _route_kernel(
     logits = widened(tl.load(logit_ptrs, mask=is_row[:, None] & is_expert, other=0.0))
 
     # A 16-bit logit and its column fit one key, which then is unique in its row.
-    UNIQUE: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
+    UNIQUE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
     keys = ordered_key(logits)
     if not RENORMALIZE:
         values = key_value(keys)
@@ -199,7 +199,7 @@ def _constants(logits_dtype: torch.dtype, spec: RouterSpec, contract: Contract, 
         spec.renormalize,
         spec.routed_scaling_factor,
         _TL_DTYPE[logits_dtype if spec.weights_rounding == "input" else torch.float32],
-        spec.num_experts if contract.sentinel == "num_experts" else contract.sentinel,
+        contract.sentinel_id(spec.num_experts),
         tile.rows,
         _next_power_of_2(spec.num_experts),
         _next_power_of_2(spec.top_k),
