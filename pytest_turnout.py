@@ -65,6 +65,9 @@ def _budget(
         limit: how many are allowed.
         model: the module whose names the failure message uses.
         region: count only this region's copies: a `Region`, or the name of one that `model` has by default.
+
+    Raises:
+        ValueError: `model` has no such region, or the block ran no operator in it.
     """
     from turnout.audit.api import default_regions
     from turnout.audit.build import build_report
@@ -77,9 +80,8 @@ def _budget(
     regions = (region,) if isinstance(region, Region) else default_regions(model)
     budget.report = build_report(recorder, "the test", regions)
     name = region.name if isinstance(region, Region) else region
-    over = budget.report.redundant_count(name)
-    if over > limit:
-        pytest.fail(_message(over, limit, budget.report.redundant(name)), pytrace=False)
+    if budget.report.over_budget(limit, name) > 0:
+        pytest.fail(_message(budget.report.redundant_count(name), limit, budget.report.redundant(name)), pytrace=False)
 
 
 def _message(count: int, limit: int, offenders: tuple[Finding, ...]) -> str:

@@ -34,7 +34,11 @@ def module_of(path):
 
 
 MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-SOURCES = [path for folder in ("turnout", "tests", "scripts") for path in sorted((PROJECT / folder).rglob("*.py"))]
+SOURCES = [
+    path
+    for folder in ("turnout", "tests", "scripts", "benchmarks")
+    for path in sorted((PROJECT / folder).rglob("*.py"))
+]
 EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=lambda module: module or "turnout")
 EACH_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PROJECT)))
 

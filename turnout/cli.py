@@ -10,7 +10,7 @@ import typer
 
 from turnout._version import __version__
 from turnout.audit.cli import audit_command, doctor_command
-from turnout.bench.cli import demo_command
+from turnout.bench.cli import bench_app, demo_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,6 +113,7 @@ app.command("demo")(demo_command)
 app.command("contracts")(contracts_command)
 app.command("audit")(audit_command)
 app.command("doctor")(doctor_command)
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -51,6 +51,9 @@ class Norm(nn.Module):
         return (wide * self.weight.float()).to(x.dtype)
 
 
+NORM = Norm()
+
+
 class CachedNorm(Norm):
     """As `Norm`, but it keeps the float32 weight."""
 
@@ -175,6 +178,14 @@ def captured_table(ids: Tensor) -> Tensor:
     return TABLE.float()[ids]
 
 
+def captured_table_cast_twice(ids: Tensor) -> Tensor:
+    return TABLE.float()[ids] + TABLE.float()[3 - ids]
+
+
+def captured_table_rounded(ids: Tensor) -> Tensor:
+    return TABLE.half()[ids]
+
+
 def clone_of_a_fresh_tensor(x: Tensor) -> Tensor:
     return (x * 2).clone() + 1
 
@@ -258,6 +269,18 @@ def boolean_mask(x: Tensor) -> Tensor:
     return x[x > 0] * 2
 
 
+def boolean_values_at_integer_indices(ids: Tensor) -> Tensor:
+    hit = torch.zeros(4, dtype=torch.bool)
+    hit[ids.view(-1)] = ids.view(-1) > 1
+    return hit
+
+
+def boolean_mask_written_through(x: Tensor) -> Tensor:
+    y = x * 2
+    y[x > 0] = x[0, 0]
+    return y
+
+
 def masked_fill_needs_no_indices(x: Tensor) -> Tensor:
     return x.masked_fill(x > 0, 0.0)
 
@@ -337,7 +360,10 @@ PROGRAMS = [
     Program("parameter_recast", Norm(), (BF16,), (UNDECIDED, REPEATED, FUSABLE)),
     Program("parameter_cast_once_and_kept", CachedNorm(), (BF16,), (NEEDED,)),
     Program("nested_modules", Nested(), (BF16,), (MISMATCH, REPEATED, FUSABLE) * 2),
-    Program("captured_table", captured_table, (IDS,), (REPEATED,)),
+    Program("parameter_of_a_module_from_elsewhere", lambda x: NORM(x), (BF16,), (UNDECIDED, REPEATED, FUSABLE)),
+    Program("captured_table", captured_table, (IDS,), (UNDECIDED,)),
+    Program("captured_table_cast_twice", captured_table_cast_twice, (IDS,), (UNDECIDED, REPEATED)),
+    Program("captured_table_rounded", captured_table_rounded, (IDS,), (UNDECIDED,)),
     Program("clone_of_a_fresh_tensor", clone_of_a_fresh_tensor, (F32,), (LAYOUT,)),
     Program("clone_protects_the_original", clone_protects_the_original, (F32,), (NEEDED,)),
     Program("clone_before_the_original_changes", clone_before_the_original_changes, (F32,), (NEEDED,)),
@@ -358,6 +384,8 @@ PROGRAMS = [
     Program("one_tensor_concatenated", one_tensor_concatenated, (F32,), (LAYOUT,)),
     Program("read_a_number", read_a_number, (F32,), (HOST,)),
     Program("boolean_mask", boolean_mask, (F32,), (HOST,)),
+    Program("boolean_values_at_integer_indices", boolean_values_at_integer_indices, (IDS,), ()),
+    Program("boolean_mask_written_through", boolean_mask_written_through, (F32,), (HOST,)),
     Program("masked_fill_needs_no_indices", masked_fill_needs_no_indices, (F32,), ()),
     Program("rounded_at_the_end", rounded_at_the_end, (F32,), (FUSABLE,)),
     Program("counts_truncated", counts_truncated, (F32,), (NEEDED,)),

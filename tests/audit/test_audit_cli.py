@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from turnout.audit.cli import audit_command, doctor_command
+from turnout.audit.doctor import Effect, examine
 
 pytest.importorskip("transformers")
 
@@ -29,6 +31,9 @@ def raising():
 
 NUMBER = 3
 """
+
+
+WASTEFUL = ("--module", "audited_program:wasteful")
 
 
 @pytest.fixture
@@ -100,11 +105,18 @@ def test_a_region_may_be_named(program) -> None:
         (("--module", "audited_program:NUMBER"), "is a int, not a callable"),
         (("--module", "no_such_module:x"), "No module named 'no_such_module'"),
         (("--module", "audited_program:wasteful", "--region", "bad"), "must be NAME=START"),
+        ((*WASTEFUL, "--fail-over", "0", "--budget-region", "routing"), "no region 'routing' for --budget-region"),
+        ((*WASTEFUL, "--budget-region", "routing"), "give --fail-over N too"),
         (
-            ("--module", "audited_program:wasteful", "--fail-over", "0", "--budget-region", "routing"),
-            "no region 'routing'",
+            (*WASTEFUL, "--region", "typo=*.nope", "--fail-over", "0", "--budget-region", "typo"),
+            "a budget would hold nothing: no operator ran in region 'typo'",
         ),
+        ((*WASTEFUL, "--apply", "--experts", "eager", "--dtype", "float32"), "--module does not read --dtype,"),
+        ((*WASTEFUL, "--json", "no/such/folder/a.json"), "no folder 'no/such/folder' to write a.json in"),
         (("--compare", "no.json", "such.json"), "No such file"),
+        (("--compare", "no.json", "such.json", "--fail-over", "0"), "--compare does not read --fail-over"),
+        (("--model", "tiny", "--device", "foo"), "'foo' is no torch device"),
+        (("--model", "tiny-mixtral", "--apply"), "--apply: turnout.apply cannot replace the routers"),
     ],
 )
 def test_bad_input_exits_with_two_and_one_sentence(program, args, message) -> None:
@@ -112,6 +124,16 @@ def test_bad_input_exits_with_two_and_one_sentence(program, args, message) -> No
     assert result.exit_code == 2
     assert message in words(result.output)
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "bad", [("--region", "bad"), ("--fail-over", "0", "--budget-region", "typo"), ("--json", "no/such/folder/a.json")]
+)
+def test_bad_input_is_refused_before_the_program_runs(program, bad) -> None:
+    """A program that raises ends with 1: with 2 it was never called."""
+    result = run("audit", "--module", f"{program}:raising", *bad)
+    assert result.exit_code == 2
+    assert "half-way" not in result.output
 
 
 class TestDoctor:
@@ -133,6 +155,19 @@ class TestDoctor:
         result = run("doctor", "--model", "tiny-mixtral")
         assert result.exit_code == 0, result.output
         assert "No gain here: turnout replaces none of these routers yet" in words(result.output)
+
+    @pytest.mark.parametrize(
+        ("before", "after", "words"),
+        [(8.0, 16.0, "slower here: 8.00 ms -> 16.00 ms"), (8.0, 4.0, "50% of a decode step"),
+         (8.0, 8.05, "no gain here that can be told from noise")],
+    )  # fmt: skip
+    def test_the_gain_in_words(self, before, after, words) -> None:
+        effect = Effect(redundant=(6, 0), operators=(1, 1), step_ms=(before, after), spread_ms=0.1)
+        assert effect.gain.startswith(words)
+
+    def test_a_model_without_routers_is_told_what_was_looked_for(self, monkeypatch) -> None:
+        monkeypatch.setattr("turnout.audit.doctor.load", lambda name, **_: torch.nn.Linear(2, 2))
+        assert "no router (or gate) beside a module called experts was found" in examine("dense").verdict
 
     def test_a_model_that_is_not_there_is_refused(self) -> None:
         assert run("doctor", "--model", "no-such/model").exit_code == 2

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from turnout.audit.api import audit_calls
-from turnout.audit.device_time import measure
+from turnout.audit.device_time import _activity_on, measure
 
 
 @torch.library.custom_op("turnout_timing::opaque", mutates_args=())
@@ -63,12 +63,22 @@ def test_an_audit_can_carry_device_time() -> None:
     assert "turnout_timing::opaque" in report.notes[0]
 
 
+def test_a_device_that_the_profiler_does_not_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"measures no device type 'abacus'; give one of: cpu"):
+        measure({"forward": []}, None, "abacus")
+
+
 def test_fused_conversions_of_compiled_code_are_gone_and_said_to_be_out_of_sight() -> None:
     compiled = torch.compile(lambda x: (x.float() * 2).bfloat16())
     compiled(X)
     times = measure({"forward": [lambda: compiled(X)]}, None, "cpu")
     assert times.phases[0].to_copy_calls == 0
     assert any("compiled" in note for note in times.notes)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_accelerators_have_an_activity_of_their_own(device) -> None:
+    assert _activity_on(device).name == device.upper()
 
 
 @pytest.mark.gpu

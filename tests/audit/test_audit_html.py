@@ -76,6 +76,9 @@ def test_what_comes_from_the_program_is_escaped() -> None:
 def test_a_comparison_has_a_bar_for_each_side(report) -> None:
     text = comparison_page(report, report)
     assert "Before" in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(set(ids)) == len(ids) == 2
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) == set(ids)
     assert text.count('fill-opacity="0.35"') == text.count('fill-opacity="1.0"') > 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import turnout
-from turnout.audit import audit_decoder, models
+from turnout.audit import audit, audit_decoder, models
 from turnout.audit.report import AuditReport
 from turnout.audit.rules import REDUNDANT, CopyKind
 
@@ -71,7 +71,19 @@ class TestStockGemma4:
                 assert casts == wanted
                 assert total(casts) == {"grouped_mm": 14, "batched_mm": 13}[experts]
 
-    def test_eager_experts_round_once_per_expert_that_is_hit(self) -> None:
+    def test_eager_experts_of_the_trained_checkpoint_round_once_per_expert_that_is_hit(self) -> None:
+        """12 casts outside the experts of each layer, and one for each expert that its router chose."""
+        model = models.load("tiny", dtype=torch.bfloat16, experts="eager")
+        chosen: list[int] = []
+        for layer in model.model.layers:
+            layer.experts.register_forward_pre_hook(lambda _, args: chosen.append(len(args[1].unique())))
+        report = audit_decoder(model, prefill=64, decode=0)
+        casts = [casts_of_layer(report, f"model.layers.{i}", "prefill") for i in range(len(model.model.layers))]
+        assert [layer["experts"] for layer in casts] == [{"fusable": hit} for hit in chosen]
+        assert [total(layer) for layer in casts] == [12 + hit for hit in chosen]
+        assert len(chosen) == model.config.num_hidden_layers
+
+    def test_eager_experts_round_once_for_each_of_sixteen(self) -> None:
         """12 casts outside the experts, and one for each of the 16 experts: 28."""
         model = models.small_gemma4(torch.bfloat16, num_hidden_layers=1)
         model.set_experts_implementation("eager")
@@ -126,8 +138,16 @@ class TestOtherFamilies:
         assert all(not f.module.endswith("experts") for f in report.select(region="routing"))
 
 
-@pytest.mark.timeout(60)
-def test_thirty_layers_at_decode_are_audited_within_a_minute() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_mode_hides_nothing(tiny, mode) -> None:
+    tiny.set_experts_implementation("grouped_mm")
+    with mode():
+        report = audit(tiny, torch.arange(16)[None])
+    assert not report.error
+    assert (report.redundant_count(), report.redundant_count("routing")) == (126, 6)
+
+
+def test_thirty_layers_at_decode_are_audited() -> None:
     model = models.small_gemma4(torch.bfloat16, num_hidden_layers=30, num_experts=128, top_k_experts=8)
     report = audit_decoder(model, prefill=16, decode=2)
     assert len({f.module for f in report.select(CopyKind.DTYPE_MISMATCH, region="routing")}) == 30

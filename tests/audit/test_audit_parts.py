@@ -64,6 +64,21 @@ class TestRegions:
             ("repeated", "0.router"),
         ]
 
+    def test_a_region_that_matches_nothing_is_noted_and_holds_no_budget(self) -> None:
+        with torch.no_grad():
+            report = audit_calls(
+                nn.Sequential(Layer()), BF16, regions=[Region("typo", "*.exprets"), Region("router", "*.router")]
+            )
+        assert report.region_operators["typo"] == 0 < report.region_operators["router"]
+        assert [note for note in report.notes if "region" in note] == [
+            "no operator ran in region 'typo' (*.exprets); operators ran in: *.router, *.router.proj, *, *.experts."
+        ]
+        assert report.over_budget(100, "router") < 0
+        with pytest.raises(ValueError, match=r"would hold nothing: no operator ran in region 'typo'.*\*\.router"):
+            report.over_budget(100, "typo")
+        with pytest.raises(ValueError, match="no region 'other' to hold a budget; there are: typo, router"):
+            report.over_budget(100, "other")
+
     def test_up_to_a_matrix_product_it_reaches_into_the_module(self) -> None:
         found = self.findings(Region("to gemm", "*.router@gemm", "*.experts@gemm"))
         assert ("dtype mismatch", "0.router") in found

@@ -42,6 +42,21 @@ def test_in_a_region(copy_budget):
     with torch.no_grad(), copy_budget(0, model=model, region=Region("first", "0")):
         wasteful(model(torch.ones(2, 3)))
 
+def test_in_a_region_that_does_not_run(copy_budget):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    from turnout.audit.regions import Region
+    with torch.no_grad(), copy_budget(0, model=model, region=Region("typo", "1")):
+        model(torch.ones(2, 3))
+
+def test_in_inference_mode(copy_budget):
+    with torch.inference_mode(), copy_budget(0):
+        wasteful(torch.ones(3)).reshape(-1).contiguous()
+
+def test_an_input_made_before_the_block(copy_budget):
+    x = torch.ones(3).bfloat16()
+    with copy_budget(0):
+        x.float() + 1
+
 def test_that_fails_by_itself(copy_budget):
     with copy_budget(0):
         raise RuntimeError("its own reason")
@@ -55,7 +70,7 @@ def result(pytester: pytest.Pytester) -> pytest.RunResult:
 
 
 def test_budget_as_fixture_and_marker(result: pytest.RunResult) -> None:
-    result.assert_outcomes(passed=3, failed=3)
+    result.assert_outcomes(passed=4, failed=5)
     result.stdout.fnmatch_lines(
         [
             "1 redundant copies, the budget allows 0:",
@@ -65,7 +80,15 @@ def test_budget_as_fixture_and_marker(result: pytest.RunResult) -> None:
         ]
     )
     result.stdout.fnmatch_lines(["*RuntimeError: its own reason*"])
-    result.stdout.fnmatch_lines(["FAILED *::test_over*", "FAILED *::test_marked *", "FAILED *::test_that_fails*"])
+    result.stdout.fnmatch_lines(["*ValueError: a budget would hold nothing: no operator ran in region 'typo'*"])
+    result.stdout.fnmatch_lines(
+        [
+            "FAILED *::test_over*",
+            "FAILED *::test_marked *",
+            "FAILED *::test_in_inference_mode*",
+            "FAILED *::test_that_fails*",
+        ]
+    )
 
 
 def test_marker_is_documented(pytester: pytest.Pytester) -> None:

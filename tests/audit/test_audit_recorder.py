@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -84,6 +85,17 @@ class TestIdentity:
 
         assert by_packet(record(program), "exp")[0].reads[0].version == 2
 
+    def test_composite_operators_come_apart_in_inference_mode_as_they_do_outside(self) -> None:
+        def program(x):
+            return nn.functional.linear(x.t().contiguous().reshape(2, -1), x.view(2, -1)).to(torch.float64)
+
+        names = []
+        for mode in (nullcontext, torch.inference_mode):
+            with mode():
+                names.append([op.name for op in record(program, torch.ones(2, 3))])
+        assert names[0] == names[1]
+        assert {"aten.mm.default", "aten.clone.default", "aten._to_copy.default"} <= set(names[0])
+
 
 class TestWhere:
     def test_operators_carry_module_path_and_line(self) -> None:
@@ -141,6 +153,22 @@ class TestMemory:
         recorder.run("call", program, torch.ones(1000))
         assert not any(ref() is not None for ref in seen)
 
+    def test_modules_made_and_dropped_by_the_program_are_freed(self) -> None:
+        weights: list[weakref.ref] = []
+
+        def program(x):
+            for _ in range(5):
+                linear = nn.Linear(3, 3)
+                weights.append(weakref.ref(linear.weight))
+                linear(x)
+                del linear
+                gc.collect()
+                assert not any(ref() is not None for ref in weights)
+
+        with torch.no_grad():
+            record(program, torch.ones(2, 3))
+        assert len(weights) == 5
+
     def test_freed_memory_is_returned_while_recording(self) -> None:
         """A loop that needs 40 MB at a time may not need 4 GB under the recorder."""
         resource = pytest.importorskip("resource")
@@ -187,6 +215,17 @@ class TestTrouble:
     def test_something_that_cannot_be_called_is_refused(self) -> None:
         with pytest.raises(TypeError, match=r"wants a callable or a torch\.nn\.Module, got Tensor"):
             audit(torch.ones(3))
+
+    def test_keywords_of_the_program_reach_it_whatever_their_names(self) -> None:
+        def program(x, regions=(), device_time=""):
+            return (regions, device_time, (x * 2).clone())
+
+        seen = []
+        report = audit(lambda x, **given: seen.append(program(x, **given)[:2]), torch.ones(3), regions=["a"],
+                       device_time="nope")  # fmt: skip
+        assert seen == [(["a"], "nope")]
+        assert not report.error
+        assert report.regions == {}
 
     def test_a_program_without_torch_says_that_nothing_was_seen(self) -> None:
         assert "No PyTorch operator ran" in audit(lambda: 1).notes[0]

@@ -12,13 +12,16 @@ import torch
 from gallery import BF16, F32, Nested, pr_40565
 
 from turnout.audit.api import audit, audit_calls
+from turnout.audit.build import build_report
 from turnout.audit.compare import compare
 from turnout.audit.device_time import DeviceTime, ModuleTime, PhaseTime
 from turnout.audit.folding import fold_layers
 from turnout.audit.picture import Node, Picture
+from turnout.audit.recorder import Recorder
 from turnout.audit.regions import Region
 from turnout.audit.report import SCHEMA, AuditReport, Finding, Phase
 from turnout.audit.rules import CopyKind
+from turnout.audit.terminal import summary
 
 DOCS = Path(__file__).parents[2] / "docs" / "AUDIT.md"
 
@@ -51,11 +54,37 @@ def test_the_schema_in_the_docs_names_every_field() -> None:
         ("not json", "not an audit report"),
         ("[]", f"schema is None, wanted '{SCHEMA}'"),
         ('{"schema": "turnout-audit/99"}', "audit again with this version"),
+        (f'{{"schema": "{SCHEMA}"}}', "the report is incomplete .KeyError: 'target'.; audit again"),
+        (f'{{"schema": "{SCHEMA}", "phases": [{{}}]}}', "the report is incomplete"),
     ],
 )
 def test_text_that_is_no_report_is_refused(text, message) -> None:
     with pytest.raises(ValueError, match=message):
         AuditReport.from_json(text)
+
+
+def test_a_report_cut_short_is_refused(report) -> None:
+    data = json.loads(report.to_json())
+    for name in ("findings", "region_operators"):
+        with pytest.raises(ValueError, match=f"the report is incomplete .KeyError: '{name}'"):
+            AuditReport.from_json(json.dumps({key: value for key, value in data.items() if key != name}))
+    del data["findings"][0]["shape"]
+    with pytest.raises(ValueError, match=r"the report is incomplete .KeyError: 'shape'"):
+        AuditReport.from_json(json.dumps(data))
+
+
+def test_the_summary_is_per_call_and_split_by_phase_in_every_region() -> None:
+    recorder = Recorder()
+    for phase in ("prefill", "decode", "decode"):
+        recorder.run(phase, lambda x: (x * 2).clone() + 1, F32)
+    recorder.run("decode", lambda x: x + 1, F32)
+    recorder.run("decode", lambda x: x + 1, F32)
+    head, rows = summary(build_report(recorder, "steps", [Region("all", "")]))
+    assert head == ["class", "prefill", "decode", "in all", "bytes in all"]
+    assert [cells for _, cells in rows] == [
+        ["layout", "1", "0.5", "1 / 0.5", "576 B"],
+        ["all redundant", "1", "0.5", "1 / 0.5", "576 B"],
+    ]
 
 
 def test_selection_by_kind_and_region(report) -> None:
@@ -97,6 +126,12 @@ def test_the_producer_and_consumer_of_the_copy_of_pr_40565_are_named() -> None:
     assert finding.consumers == ("scatter",)
     assert (finding.from_dtype, finding.to_dtype, finding.shape) == ("int32", "int64", (4, 2))
     assert finding.remedy == "Let turnout_gallery.topk_int32 store int64, or its reader take int32."
+
+
+def test_the_remedy_for_floats_keeps_the_rounding() -> None:
+    """The reader widens a rounded result: stored wide and unrounded it would be another number."""
+    (finding,) = audit(lambda x: (x * 2).float() + 1, BF16).redundant()
+    assert finding.remedy == "Let mul round to bfloat16 and store it as float32, or its reader take bfloat16."
 
 
 def test_the_terminal_shows_counts_remedies_and_what_was_not_seen(capsys) -> None:

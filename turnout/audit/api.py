@@ -37,7 +37,7 @@ def audit(fn_or_model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Audi
         >>> [(finding.kind.value, finding.op) for finding in report.findings]
         [('layout', 'aten.clone.default')]
     """
-    return audit_calls(fn_or_model, *args, **kwargs)
+    return _audit(fn_or_model, args, kwargs)
 
 
 def audit_calls(
@@ -60,7 +60,19 @@ def audit_calls(
 
     Raises:
         TypeError: `fn` cannot be called.
+        ValueError: torch.profiler measures no such device type.
     """
+    return _audit(fn, args, kwargs, regions=regions, device_time=device_time)
+
+
+def _audit(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    regions: Sequence[Region] | None = None,
+    device_time: str | None = None,
+) -> AuditReport:
     from turnout.audit.build import build_report
     from turnout.audit.recorder import Recorder
 

@@ -20,8 +20,8 @@ from turnout.audit.aliasing import name_of
 from turnout.audit.graph import Op, Source, Storage
 from turnout.audit.picture import draw
 from turnout.audit.recorder import Recorder
-from turnout.audit.regions import Region, members
-from turnout.audit.report import AuditReport, Finding, Phase
+from turnout.audit.regions import Region, fold, members
+from turnout.audit.report import AuditReport, Finding, Phase, empty_region
 from turnout.audit.rules import Classifier, Verdict
 
 _MOST_CONSUMERS = 4
@@ -45,7 +45,7 @@ def build_report(recorder: Recorder, target: str, regions: Sequence[Region] = ()
             names = tuple(name for name, ops in inside.items() if op.index in ops)
             finding = _finding(recorder, classifier, op, verdict, names)
             folded[finding] = folded.get(finding, 0) + 1
-    return AuditReport(
+    report = AuditReport(
         target=target,
         environment=environment(_device_of(recorder)),
         phases=_phases(recorder),
@@ -54,7 +54,13 @@ def build_report(recorder: Recorder, target: str, regions: Sequence[Region] = ()
         notes=_notes(recorder),
         error=recorder.error,
         picture=draw(graph, classifier),
+        region_operators={name: len(ops) for name, ops in inside.items()},
+        module_operators=dict(Counter(fold(op.module) for op in graph)),
     )
+    if not report.error:  # a program that ended early may not have come to a region
+        empty = (name for name, count in report.region_operators.items() if not count)
+        report.notes += tuple(f"{empty_region(report, name)}." for name in empty)
+    return report
 
 
 def environment(device: str) -> dict[str, str]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from turnout.audit.regions import Region
     from turnout.audit.report import AuditReport
+
+# What each way of calling `turnout audit` reads; the rest is refused, so that no option is lost in silence.
+_OF_EVERY_AUDIT = {"device", "region", "time", "json", "html", "fail_over", "budget_region"}
+_READ_BY = {
+    "model": {"model", "prefill", "decode", "concurrency", "dtype", "experts", "apply", *_OF_EVERY_AUDIT},
+    "module": {"module", *_OF_EVERY_AUDIT},
+    "compare": {"compare", "html"},
+}
 
 ModelOption = Annotated[
     str | None,
@@ -18,6 +28,7 @@ ModelOption = Annotated[
 
 
 def audit_command(
+    context: typer.Context,
     model: ModelOption = None,
     module: Annotated[
         str | None, typer.Option(help="pkg.mod:callable, called without arguments, in place of a model.")
@@ -46,28 +57,31 @@ def audit_command(
     ] = None,
 ) -> None:
     """Find the copies that a model or function makes and does not need."""
-    if sum(given is not None for given in (model, module, compare)) != 1:
-        _refuse("give exactly one of --model, --module and --compare")
-    if compare is not None:
-        _compare(compare, html)
-        return
     try:
+        _check(context, json, html)
+        if compare is not None:
+            _compare(compare, html)
+            return
+        named = _regions(region)
         if module is not None:
-            report = _audit_callable(module, region, device, time)
+            fn = _callable(module, device)
+            _check_budget(fail_over, budget_region, named)
+            report = _audit_callable(fn, named, device if time else None)
         else:
             loaded = _load(str(model), dtype=dtype, device=device, experts=experts, apply=apply)
-            report = _audit_model(loaded, region, (prefill, decode, concurrency), time)
+            named = (*_regions_of(loaded), *named)
+            _check_budget(fail_over, budget_region, named)
+            report = _audit_model(loaded, named, (prefill, decode, concurrency), time)
             report.target += ", turnout applied" if apply else ""
-        over = 0 if fail_over is None else report.redundant_count(budget_region) - fail_over
-    except (ValueError, KeyError) as error:
-        _refuse(str(error.args[0]))
-    _write(report, json, html)
-    if report.error:
-        raise typer.Exit(1)
-    if over > 0:
+        _write(report, json, html)
+        over = fail_over is not None and not report.error and report.over_budget(fail_over, budget_region) > 0
+    except (OSError, ValueError) as error:
+        _refuse(str(error))
+    if over:
         where = f" in {budget_region}" if budget_region else ""
         count = report.redundant_count(budget_region)
         typer.echo(f"over budget: {count} redundant copies{where}, allowed {fail_over}", err=True)
+    if over or report.error:
         raise typer.Exit(1)
 
 
@@ -79,6 +93,35 @@ def doctor_command(model: ModelOption = None) -> None:
         show(examine(model))
     except ValueError as error:
         _refuse(str(error))
+
+
+def _check(context: typer.Context, *files: Path | None) -> None:
+    """Refuse options that the chosen way of calling does not read, and files that could not be written."""
+    given = {p.name: p.opts[0] for p in context.command.params if _is_given(context, p.name)}
+    chosen = [way for way in _READ_BY if way in given]
+    if len(chosen) != 1:
+        raise ValueError("give exactly one of --model, --module and --compare")
+    unread = [option for name, option in given.items() if name not in _READ_BY[chosen[0]]]
+    if unread:
+        raise ValueError(f"--{chosen[0]} does not read {', '.join(unread)}; leave that out")
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"there is no folder {str(file.parent)!r} to write {file.name} in; make it first")
+
+
+def _is_given(context: typer.Context, name: str | None) -> bool:
+    source = context.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_budget(fail_over: int | None, budget_region: str | None, regions: tuple[Region, ...]) -> None:
+    if budget_region is None:
+        return
+    names = [region.name for region in regions]
+    if fail_over is None:
+        raise ValueError("--budget-region names where --fail-over counts; give --fail-over N too")
+    if budget_region not in names:
+        raise ValueError(f"no region {budget_region!r} for --budget-region; there are: {', '.join(names) or 'none'}")
 
 
 def _load(name: str, *, dtype: str, device: str, experts: str | None, apply: bool) -> Any:
@@ -93,32 +136,41 @@ def _load(name: str, *, dtype: str, device: str, experts: str | None, apply: boo
     if apply:
         from turnout.integrations.transformers import apply as apply_turnout
 
-        apply_turnout(model)
+        try:
+            apply_turnout(model)
+        except NotImplementedError as error:
+            raise ValueError(f"--apply: {error}") from error
     return model
 
 
-def _regions(texts: list[str] | None) -> tuple[Any, ...]:
+def _regions(texts: list[str] | None) -> tuple[Region, ...]:
     from turnout.audit.regions import Region
 
     return tuple(Region.parse(text) for text in texts or ())
 
 
-def _audit_model(model: Any, regions: list[str] | None, sizes: tuple[int, int, int], time: bool) -> AuditReport:
-    from turnout.audit.api import audit_decoder, default_regions
+def _regions_of(model: Any) -> tuple[Region, ...]:
+    from turnout.audit.api import default_regions
+
+    return default_regions(model)
+
+
+def _audit_model(model: Any, regions: tuple[Region, ...], sizes: tuple[int, int, int], time: bool) -> AuditReport:
+    from turnout.audit.api import audit_decoder
 
     prefill, decode, concurrency = sizes
     return audit_decoder(
-        model,
-        prefill=prefill,
-        decode=decode,
-        concurrency=concurrency,
-        regions=(*default_regions(model), *_regions(regions)),
-        device_time=time,
+        model, prefill=prefill, decode=decode, concurrency=concurrency, regions=regions, device_time=time
     )
 
 
-def _audit_callable(name: str, regions: list[str] | None, device: str, time: bool) -> AuditReport:
+def _audit_callable(fn: Callable[[], Any], regions: tuple[Region, ...], device_time: str | None) -> AuditReport:
     from turnout.audit.api import audit_calls
+
+    return audit_calls(fn, regions=regions, device_time=device_time)
+
+
+def _callable(name: str, device: str) -> Callable[[], Any]:
     from turnout.audit.models import check_device
 
     check_device(device)
@@ -131,7 +183,7 @@ def _audit_callable(name: str, regions: list[str] | None, device: str, time: boo
         raise ValueError(f"--module {name!r}: {error}; give an importable module and a name in it") from error
     if not callable(fn):
         raise ValueError(f"--module {name!r} is a {type(fn).__name__}, not a callable; name a function to call")
-    return audit_calls(fn, regions=_regions(regions), device_time=device if time else None)
+    return fn  # type: ignore[no-any-return]
 
 
 def _compare(files: tuple[Path, Path], html: Path | None) -> None:
@@ -140,11 +192,8 @@ def _compare(files: tuple[Path, Path], html: Path | None) -> None:
     from turnout.audit.compare import table
     from turnout.audit.report import AuditReport
 
-    try:
-        before, after = (AuditReport.from_json(path.read_text(encoding="utf-8")) for path in files)
-        Console().print(table(before, after))
-    except (OSError, ValueError) as error:
-        _refuse(str(error))
+    before, after = (AuditReport.from_json(path.read_text(encoding="utf-8")) for path in files)
+    Console().print(table(before, after))
     if html is not None:
         from turnout.audit.html import comparison_page
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turnout.audit.report import AuditReport
-from turnout.audit.rules import CopyKind
+from turnout.audit.rules import REDUNDANT, CopyKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,9 @@ def _quantities(report: AuditReport, phase: str) -> dict[tuple[str, str], float]
     size = next(p for p in report.phases if p.name == phase)
     found = {}
     for region in report.regions:
-        redundant = sum(f.count for f in report.redundant(region) if f.phase == phase)
-        found[f"redundant in {region}", "copies"] = redundant / size.calls
+        found[f"redundant in {region}", "copies"] = report.per_call(*REDUNDANT, region=region)[phase]
     for kind in CopyKind:
-        found[kind.value, "copies"] = sum(f.count for f in report.select(kind, phase=phase)) / size.calls
+        found[kind.value, "copies"] = report.per_call(kind)[phase]
     found["operators", "operators"] = size.operators / size.calls
     for timed in report.device_time.phases if report.device_time is not None else ():
         if timed.name == phase:

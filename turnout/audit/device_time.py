@@ -112,6 +112,9 @@ def measure(phases: dict[str, list[Callable[[], Any]]], root: torch.nn.Module | 
         phases: name to the calls to make, in order. They run as they are: warm up and compile before.
         root: the audited module, for its names; None for a function.
         device: "cpu" or an accelerator's device type, such as "cuda".
+
+    Raises:
+        ValueError: torch.profiler knows no such device type.
     """
     rows: list[PhaseTime] = []
     notes: list[str] = []
@@ -125,13 +128,21 @@ def measure(phases: dict[str, list[Callable[[], Any]]], root: torch.nn.Module | 
 def _profile(calls: list[Callable[[], Any]], root: torch.nn.Module | None, device: str) -> _Tally:
     activities = [ProfilerActivity.CPU]
     if device != "cpu":
-        activities.append(ProfilerActivity[device.upper()])
+        activities.append(_activity_on(device))
     with _RangesPerModule(root), torch.profiler.profile(activities=activities) as profile:
         for call in calls:
             call()
         if device != "cpu":
             torch.accelerator.synchronize()
     return _tally(list(profile.events() or ()), device)
+
+
+def _activity_on(device: str) -> ProfilerActivity:
+    activity: ProfilerActivity | None = getattr(ProfilerActivity, device.upper(), None)
+    if activity is None:
+        names = ", ".join(name.lower() for name in ProfilerActivity.__members__)
+        raise ValueError(f"torch.profiler measures no device type {device!r}; give one of: {names}")
+    return activity
 
 
 class _RangesPerModule(ModuleStack):

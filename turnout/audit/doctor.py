@@ -43,12 +43,15 @@ class Effect:
 
     @property
     def gain(self) -> str:
-        """The gain in words; says so where there is none."""
+        """The gain in words; says so where there is none, or a loss."""
         before, after = self.step_ms
+        gained = before - after
         times = f"{before:.2f} ms -> {after:.2f} ms per decode step (differences spread over {self.spread_ms:.2f} ms)"
-        if before - after <= self.spread_ms:
+        if abs(gained) <= self.spread_ms:
             return f"no gain here that can be told from noise: {times}"
-        return f"{(before - after) / before:.0%} of a decode step: {times}"
+        if gained < 0:
+            return f"slower here: {times}"
+        return f"{gained / before:.0%} of a decode step: {times}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Diagnosis:
     Attributes:
         environment: versions and hardware.
         model: the model's name, or "" if none was given.
-        layers: what `turnout.explain` says of the model; "" where it has no Mixture-of-Experts layer.
+        layers: what `turnout.explain` says of the model; "" where no router beside its experts was found.
         effect: measured change; None where nothing would change.
         verdict: one sentence.
     """
@@ -86,7 +89,8 @@ def examine(name: str | None) -> Diagnosis:
         return Diagnosis(here, "", "", None, "Pass --model to see what would change in one.")
     model = load(name, dtype=torch.bfloat16, device=device)
     if not default_regions(model):
-        return Diagnosis(here, name, "", None, "No gain here: the model has no Mixture-of-Experts layer.")
+        verdict = "No gain here: no router (or gate) beside a module called experts was found in the model."
+        return Diagnosis(here, name, "", None, verdict)
     layers = turnout.explain(model)
     replaced = sum(row.contract is not None for row in layers)
     if not replaced:

@@ -138,8 +138,10 @@ class Storage:
         producer: the operator that allocated it; None where it existed before the recording.
         origin: for memory without a producer: "parameter", "buffer", "argument" or "captured".
         label: the parameter's or argument's name, where it has one.
-        kept_after: calls at whose end it was still alive.
-        died_in: the first call at whose end it was no longer alive.
+        born_in: the call in which it was first seen.
+        died_in: the first call at whose end it was no longer alive; None while it lives.
+        versions: writes that it has seen.
+        epochs: of those, the ones that replaced all of it.
     """
 
     index: int

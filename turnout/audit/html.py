@@ -9,9 +9,9 @@ from turnout.audit.compare import compare
 from turnout.audit.device_time import DeviceTime
 from turnout.audit.folding import across_phases, fold_layers
 from turnout.audit.report import AuditReport, Finding
-from turnout.audit.rules import REDUNDANT, CopyKind
+from turnout.audit.rules import CopyKind
 from turnout.audit.svg import COLOURS, before_after, dataflow
-from turnout.audit.terminal import human_bytes
+from turnout.audit.terminal import summary
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #263238; margin: 2rem auto; max-width: 1280px;
@@ -65,7 +65,7 @@ def comparison_page(before: AuditReport, after: AuditReport) -> str:
         before_after(compare(before, after)),
         '<div class="pair">',
         *(
-            f"<div><h2>{name}</h2>{_drawing(r)}</div>"
+            f"<div><h2>{name}</h2>{_drawing(r, f'tip-{name.lower()}')}</div>"
             for name, r in (("Before", before), ("After", after))
             if r.picture
         ),
@@ -84,23 +84,16 @@ def _tag(kind: CopyKind) -> str:
 
 
 def _summary(report: AuditReport) -> str:
-    columns = [(p.name, {"phase": p.name}) for p in report.phases]
-    columns += [(f"in {name}", {"region": name}) for name in report.regions]
-    head = "".join(f'<th class="n">{escape(name)}</th>' for name, _ in columns)
-    rows = []
-    for kind in CopyKind:
-        found = report.select(kind)
-        if found:
-            cells = "".join(
-                f'<td class="n">{sum(f.count for f in report.select(kind, **chosen))}</td>' for _, chosen in columns
-            )
-            moved = human_bytes(sum(f.bytes for f in found))
-            budget = "counts" if kind in REDUNDANT else ""
-            rows.append(f'<tr><td>{_tag(kind)}</td>{cells}<td class="n">{moved}</td><td>{budget}</td></tr>')
-    return f'<table><tr><th>class</th>{head}<th class="n">bytes moved</th><th>budget</th></tr>{"".join(rows)}</table>'
+    head, rows = summary(report)
+    titles = "".join(f'<th class="n">{escape(name)}</th>' for name in head[1:])
+    lines = []
+    for kinds, (name, *cells) in rows:
+        first = _tag(kinds[0]) if len(kinds) == 1 else f"<b>{escape(name)}</b>"
+        lines.append(f"<tr><td>{first}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>")
+    return f"<table><tr><th>{head[0]}, per call</th>{titles}</tr>{''.join(lines)}</table>"
 
 
-def _drawing(report: AuditReport) -> str:
+def _drawing(report: AuditReport, tip: str = "tip") -> str:
     picture = report.picture
     if picture is None:
         return ""
@@ -108,7 +101,7 @@ def _drawing(report: AuditReport) -> str:
     return (
         f"<h2>One layer: {escape(picture.layer)}, from {escape(picture.first)} to {escape(picture.last)}</h2>"
         f"<p>{legend} <span class='quiet'>filled: redundant; dashed: other copies; hover for the evidence</span></p>"
-        f'<div class="scroll">{dataflow(picture)}</div>'
+        f'<div class="scroll">{dataflow(picture, tip)}</div>'
     )
 
 

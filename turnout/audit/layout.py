@@ -20,11 +20,6 @@ def same_layout(a: View, b: View) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride, b.stride, strict=True))
 
 
-def is_expanded(view: View) -> bool:
-    """Whether one element of memory appears at several indices (stride 0)."""
-    return any(n > 1 and s == 0 for n, s in zip(view.shape, view.stride, strict=True))
-
-
 def is_whole(copy: View, wanted: View) -> bool:
     """Whether `wanted` shows all of `copy` in row-major order: the copy itself, or a reshape of it."""
     if wanted.shape == copy.shape and wanted.stride == copy.stride:

@@ -99,9 +99,12 @@ def check_device(device: str) -> None:
     """Refuse a device that this machine does not have.
 
     Raises:
-        ValueError: names what there is.
+        ValueError: it is not here, or no device at all.
     """
-    wanted = torch.device(device).type
+    try:
+        wanted = torch.device(device).type
+    except RuntimeError:  # torch's way of saying that it knows no such device type
+        raise ValueError(f"{device!r} is no torch device; pass cpu, cuda or xpu") from None
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted != "cpu" and (here is None or here.type != wanted):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.modules import module as hooks
@@ -20,8 +21,7 @@ class ModuleStack:
     """
 
     def __init__(self, root: torch.nn.Module | None) -> None:
-        self._names: dict[int, str] = {}
-        self._owners: list[torch.nn.Module] = []  # holds the named modules, so that no id is used twice
+        self._names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
         self._stack: list[str] = []
         self._handles: list[RemovableHandle] = []
         if root is not None:
@@ -51,16 +51,15 @@ class ModuleStack:
         return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
     def _learn(self, module: torch.nn.Module, prefix: str) -> None:
-        self._owners.append(module)
         for name, child in module.named_modules():
             path = self.clean(".".join(part for part in (prefix, name) if part))
-            self._names.setdefault(id(child), path)
+            self._names.setdefault(child, path)
 
     def _push(self, module: torch.nn.Module, args: Any) -> None:
-        if id(module) not in self._names:
+        if module not in self._names:
             parent = self.current
             self._learn(module, f"{parent}.{type(module).__name__}" if parent else type(module).__name__)
-        self._stack.append(self._names[id(module)])
+        self._stack.append(self._names[module])
 
     def _pop(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self._stack:

@@ -80,6 +80,8 @@ class OpTraits:
         reads_values: False where tensor arguments serve for shape and dtype only.
         scattered: its writes reach only some elements of what is written.
         any_strides: it is known to read any strides without first copying to contiguous memory.
+        composite: it only calls other operators. Autograd takes it apart before a recorder sees it; in inference
+            mode, where autograd is left out, nobody has.
     """
 
     name: str
@@ -91,6 +93,7 @@ class OpTraits:
     reads_values: bool
     scattered: bool
     any_strides: bool
+    composite: bool
 
 
 @cache
@@ -111,6 +114,7 @@ def traits_of(func: torch._ops.OpOverload) -> OpTraits:
         reads_values=packet not in _METADATA_ONLY,
         scattered=packet in _SCATTERED_WRITES,
         any_strides=torch.Tag.pointwise in func.tags or packet in _ANY_STRIDES,
+        composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
     )
 
 

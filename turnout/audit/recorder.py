@@ -89,9 +89,14 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operator and record it."""
+        """Run one operator and record it, or take it apart and record its parts."""
         kwargs = kwargs or {}
         traits = opset.traits_of(func)
+        if traits.composite:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         operands = _operands(traits, args, kwargs)
         reads = tuple(self._view(t) for name, t in operands if not traits.is_view and _is_read(traits, name))
         out = func(*args, **kwargs)
@@ -116,9 +121,8 @@ class Recorder(TorchDispatchMode):
         op.compiled = compiled
         op.any_strides = traits.any_strides
         op.non_blocking = bool(kwargs.get("non_blocking", False))
-        op.host_wait = opset.why_host_waits(
-            traits.name, traits.packet, any(v.dtype in (torch.bool, torch.uint8) for v in reads[1:])
-        )
+        masked = any(name == "indices" and t.dtype in (torch.bool, torch.uint8) for name, t in operands)
+        op.host_wait = opset.why_host_waits(traits.name, traits.packet, masked)
         op.value_preserving = _values_survive(traits, operands, results)
         written = [t for name, t in operands if name in traits.written]
         known = {self._key(t) for _, t in operands}
@@ -173,6 +177,8 @@ class Recorder(TorchDispatchMode):
         known = self._lookup(tensor)
         if known is not None:
             return known
+        if origin == "captured" and isinstance(tensor, torch.nn.Parameter):
+            origin = "parameter"  # of a module that is not the audited one
         storage = Storage(
             index=len(self.graph.storages),
             nbytes=_storage_nbytes(tensor),

@@ -21,7 +21,8 @@ class Region:
     """A named part of the audited program.
 
     A point is a module pattern (``*`` matches any characters, dots included), with ``@gemm`` after it for the
-    first matrix product inside that module, or the first operator that PyTorch does not own.
+    matrix products inside that module and the operators there that PyTorch does not own. Where several match, the
+    region begins at the first, takes in the later ones, and ends at the first that matches `stop`.
 
     Attributes:
         name: what the report calls it.
@@ -39,6 +40,12 @@ class Region:
     name: str
     start: str
     stop: str | None = None
+
+    def __post_init__(self) -> None:
+        for point in filter(None, (self.start, self.stop)):
+            _, at, what = point.partition("@")
+            if at and what != "gemm":
+                raise ValueError(f"a region's point must be a module pattern, or one followed by @gemm, got {point!r}")
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -90,9 +97,7 @@ def _feeding(op: Op, copies: dict[int, Op]) -> Iterator[int]:
 
 
 def _is_at(op: Op, point: str) -> bool:
-    pattern, at, what = point.partition("@")
-    if at and what != "gemm":
-        raise ValueError(f"a region's point must be a module pattern, or one followed by @gemm, got {point!r}")
+    pattern, at, _ = point.partition("@")
     return _is_inside(op.module, pattern) and (not at or is_gemm(op.packet) or op.is_opaque)
 
 

@@ -13,6 +13,7 @@ from turnout.audit.picture import Picture
 from turnout.audit.rules import REDUNDANT, CopyKind
 
 SCHEMA = "turnout-audit/1"
+_MOST_MODULES = 12  # named in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ class AuditReport:
         phases: the calls that were recorded.
         findings: copies and waits in program order, alike ones counted together.
         regions: name and extent of each region.
+        region_operators: operators that each region held, by its name.
+        module_operators: operators by module, layers folded; "" for those outside any.
         notes: what the audit could not see, one sentence each.
         error: the exception that ended the program early; "" if it ran through. What ran before is reported.
         picture: the dataflow of one layer, for the HTML page; None where there was nothing to draw.
@@ -98,6 +101,8 @@ class AuditReport:
     error: str = ""
     picture: Picture | None = None
     device_time: DeviceTime | None = None
+    region_operators: dict[str, int] = field(default_factory=dict)
+    module_operators: dict[str, int] = field(default_factory=dict)
 
     def select(self, *kinds: CopyKind, region: str | None = None, phase: str | None = None) -> tuple[Finding, ...]:
         """Findings of some kinds (all, if none is named), in a region and phase if given.
@@ -122,6 +127,27 @@ class AuditReport:
     def redundant_count(self, region: str | None = None) -> int:
         """How many redundant copies were made."""
         return sum(f.count for f in self.redundant(region))
+
+    def per_call(self, *kinds: CopyKind, region: str | None = None) -> dict[str, float]:
+        """Copies of some kinds in one call, on average, by phase."""
+        found = self.select(*kinds, region=region)
+        return {p.name: sum(f.count for f in found if f.phase == p.name) / p.calls for p in self.phases}
+
+    def over_budget(self, limit: int, region: str | None = None) -> int:
+        """How many redundant copies there are beyond a limit; 0 or less where the budget holds.
+
+        Args:
+            limit: how many are allowed.
+            region: count only this region's copies.
+
+        Raises:
+            ValueError: there is no such region, or no operator ran in it, so that any budget would hold.
+        """
+        if region is not None and region not in self.regions:
+            raise ValueError(f"no region {region!r} to hold a budget; there are: {', '.join(self.regions) or 'none'}")
+        if region is not None and not self.region_operators.get(region):
+            raise ValueError(f"a budget would hold nothing: {empty_region(self, region)}")
+        return self.redundant_count(region) - limit
 
     def counts(self, region: str | None = None) -> dict[CopyKind, int]:
         """Number of copies of each kind; kinds without any are 0."""
@@ -151,8 +177,14 @@ class AuditReport:
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise ValueError(f"the report's schema is {found!r}, wanted {SCHEMA!r}; audit again with this version")
-        known = {f.name for f in fields(cls)}
-        values: dict[str, Any] = {name: value for name, value in data.items() if name in known}
+        try:
+            return cls._from_dict(data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the report is incomplete ({type(error).__name__}: {error}); audit again") from error
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any]) -> AuditReport:
+        values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
         values["phases"] = tuple(Phase(**phase) for phase in data["phases"])
         values["findings"] = tuple(_finding(finding) for finding in data["findings"])
         values["notes"] = tuple(data["notes"])
@@ -176,6 +208,14 @@ class AuditReport:
         return f"{self.redundant_count()} redundant copies in {self.target}: " + ", ".join(
             f"{n} {kind.value}" for kind, n in self.counts().items() if n
         )
+
+
+def empty_region(report: AuditReport, region: str) -> str:
+    """Says of a region without operators where operators did run."""
+    ran = [module or "outside any module" for module in report.module_operators]
+    more = f" and {len(ran) - _MOST_MODULES} more" if len(ran) > _MOST_MODULES else ""
+    where = ", ".join(ran[:_MOST_MODULES]) or "nowhere"
+    return f"no operator ran in region {region!r} ({report.regions[region]}); operators ran in: {where}{more}"
 
 
 def _finding(data: dict[str, Any]) -> Finding:

@@ -136,7 +136,8 @@ class Classifier:
         if shares:
             self._sharing.merge(copy, first.target)
         source = self.graph.storages[copy.source.storage]
-        if source.lasts and source.versions == 0 and not self._is_kept(copy):
+        belongs_to_a_module = source.origin in ("parameter", "buffer")
+        if belongs_to_a_module and source.lasts and source.versions == 0 and not self._is_kept(copy):
             what = f"{source.origin} {source.label}".strip()
             return Verdict(
                 CopyKind.REPEATED,
@@ -247,10 +248,11 @@ class Classifier:
         if self.graph.storages[copy.source.storage].outlives_its_call:
             return Verdict(CopyKind.UNDECIDED, f"the {a} form is returned or kept as well: who reads it is not seen")
         note = "" if copy.op.value_preserving is None else f" (every value of this run exists in {b})"
+        store = f"round to {a} and store it as {b}" if copy.source.dtype.is_floating_point else f"store {b}"
         return Verdict(
             CopyKind.DTYPE_MISMATCH,
             f"{name_of(producer)} stores {a}, and every reader reads it as {b}{note}",
-            f"Let {name_of(producer)} store {b}, or its reader take {a}.",
+            f"Let {name_of(producer)} {store}, or its reader take {a}.",
         )
 
     def _casts_to(self, op: int, like: CopyOp) -> bool:

@@ -26,8 +26,13 @@ _TOP, _LEFT = 56, 16
 _FEWEST_IN_LANE = 4
 
 
-def dataflow(picture: Picture) -> str:
-    """One layer, top to bottom: a column per module, a box per operator, redundant copies filled with colour."""
+def dataflow(picture: Picture, tip: str = "tip") -> str:
+    """One layer, top to bottom: a column per module, a box per operator, redundant copies filled with colour.
+
+    Args:
+        picture: what to draw.
+        tip: id of the arrow's tip, which no other drawing on the page may have.
+    """
     at = _positions(picture)
     columns = list(dict.fromkeys(_lanes(picture)))
     width = _LEFT * 2 + (len(columns) - 1) * _COLUMN + _WIDTH
@@ -35,7 +40,7 @@ def dataflow(picture: Picture) -> str:
     parts = [
         f'<svg class="flow" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="Dataflow of {escape(picture.layer)}">',
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        f'<defs><marker id="{tip}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0,0 L8,4 L0,8 z" fill="context-stroke"/></marker></defs>',
     ]
     for i, module in enumerate(columns):
@@ -43,7 +48,7 @@ def dataflow(picture: Picture) -> str:
         if i % 2 == 0:
             parts.append(f'<rect class="lane" x="{x - 17}" y="0" width="{_COLUMN}" height="{height}"/>')
         parts.append(f'<text class="module" x="{x + _WIDTH / 2}" y="24">{escape(module or picture.layer)}</text>')
-    parts += [_edge(at[a], at[b], picture.nodes[a], picture.nodes[b]) for a, b in picture.edges]
+    parts += [_edge(at[a], at[b], picture.nodes[a], picture.nodes[b], tip) for a, b in picture.edges]
     parts += [_box(node, place) for node, place in zip(picture.nodes, at, strict=True)]
     return "\n".join([*parts, "</svg>"])
 
@@ -79,7 +84,7 @@ def _corner(place: tuple[int, int]) -> tuple[float, float]:
     return _LEFT + place[0] * _COLUMN, _TOP + place[1] * _ROW
 
 
-def _edge(start: tuple[int, int], end: tuple[int, int], writer: Node, reader: Node) -> str:
+def _edge(start: tuple[int, int], end: tuple[int, int], writer: Node, reader: Node, tip: str) -> str:
     (x0, y0), (x1, y1) = _corner(start), _corner(end)
     x0, y0, x1 = x0 + _WIDTH / 2, y0 + _HEIGHT, x1 + _WIDTH / 2
     redundant = next((node.kind for node in (writer, reader) if _is_redundant(node)), "")
@@ -91,7 +96,7 @@ def _edge(start: tuple[int, int], end: tuple[int, int], writer: Node, reader: No
         bend = max(12.0, (y1 - y0) / 2)
         path = f"M{x0},{y0} C{x0},{y0 + bend} {x1},{y1 - bend} {x1},{y1}"
     width = 2.2 if redundant else 1.2
-    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}" marker-end="url(#tip)"/>'
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}" marker-end="url(#{tip})"/>'
 
 
 def _is_redundant(node: Node) -> bool:

@@ -60,26 +60,35 @@ def _headline(report: AuditReport) -> Text:
 
 
 def _summary(report: AuditReport) -> Table:
-    table = Table(title="Copies and waits", title_justify="left")
-    table.add_column("class")
-    phases = [phase.name for phase in report.phases]
-    for name in (*phases, *(f"in {region}" for region in report.regions)):
-        table.add_column(name, justify="right")
-    table.add_column("bytes moved", justify="right")
-    table.add_column("budget")
-    for kind in CopyKind:
-        found = report.select(kind)
-        if not found:
-            continue
-        columns = [_total(report.select(kind, phase=name)) for name in phases]
-        columns += [_total(report.select(kind, region=name)) for name in report.regions]
-        table.add_row(
-            Text(kind.value, style=STYLES[kind]),
-            *map(str, columns),
-            human_bytes(sum(f.bytes for f in found)),
-            "counts" if kind in REDUNDANT else "",
-        )
+    table = Table(title="Copies and waits, per call", title_justify="left")
+    head, rows = summary(report)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for kinds, cells in rows:
+        style = STYLES[kinds[0]] if len(kinds) == 1 else "bold"
+        table.add_row(Text(cells[0], style=style), *cells[1:])
     return table
+
+
+def summary(report: AuditReport) -> tuple[list[str], list[tuple[tuple[CopyKind, ...], list[str]]]]:
+    """The table of classes, in words: what one call makes of each, by phase, and of these how many in each region.
+
+    Returns:
+        The head, and for each row the classes that it counts and its cells.
+    """
+    phases = [phase.name for phase in report.phases]
+    head = ["class", *phases, *(f"in {region}" for region in report.regions), "bytes in all"]
+    rows: list[tuple[tuple[CopyKind, ...], list[str]]] = []
+    seen = [kind for kind in CopyKind if report.select(kind)]
+    redundant = [(kind,) for kind in seen if kind in REDUNDANT]
+    others = [(kind,) for kind in seen if kind not in REDUNDANT]
+    for kinds in [*redundant, tuple(REDUNDANT), *others]:
+        name = kinds[0].value if len(kinds) == 1 else "all redundant"
+        cells = [name, *(f"{n:g}" for n in report.per_call(*kinds).values())]
+        for region in report.regions:
+            cells.append(" / ".join(f"{n:g}" for n in report.per_call(*kinds, region=region).values()))
+        rows.append((kinds, [*cells, human_bytes(sum(f.bytes for f in report.select(*kinds)))]))
+    return head, rows
 
 
 def _total(findings: Iterable[Finding]) -> int:
@@ -148,7 +157,8 @@ def device_time_table(times: DeviceTime) -> Table:
     """What copies cost, by phase and module."""
     table = Table(title=f"Copies in device time ({times.device}), per forward", title_justify="left")
     for name in ("phase / module", "copy_", "_to_copy", "copy kernels", "us", "share"):
-        table.add_column(name, justify="left" if name.startswith("phase") else "right")
+        first = name.startswith("phase")
+        table.add_column(name, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
     for phase in times.phases:
         kernels = f"{phase.copy_kernels:g}" if times.device != "cpu" else "-"
         cells = (f"{phase.copy_calls:g}", f"{phase.to_copy_calls:g}", kernels, f"{phase.copy_us:.1f}")

@@ -9,8 +9,9 @@ import torch
 TINY_GEMMA4 = Path(str(files("turnout").joinpath("assets", "tiny_gemma4")))
 """Folder of the checkpoint; ``from_pretrained`` of a stock transformers loads model and tokenizer from it.
 
-Made by ``scripts/train_tiny_gemma4.py``; its ``training.json`` says how, and how well it does. That experts are loaded as
-unevenly as they are (the busiest with 3.7 to 4.4 times its layer's mean) is not chance: training pushes for it.
+Made by ``scripts/train_tiny_gemma4.py``; its ``training.json`` says how, and how well it does. That experts are
+loaded as unevenly as they are (the busiest with 3.7 to 4.4 times its layer's mean) is not chance: training pushes
+for it.
 """
 
 
