@@ -16,7 +16,7 @@ IMPLEMENTATIONS = ("reference", "triton", "cpu")
 # From the bottom up: a module imports from its own layer and those below. "" is the package itself: what
 # lies above it uses turnout as its users do.
 LAYERS = [
-    {"_version", "device"},
+    {"_version", "device", "machine"},
     {"families", "spec", "types", "contracts", "catalogue", "catalogue_vllm"},
     {*ROOMS, "testing"},
     {"moe"},

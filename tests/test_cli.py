@@ -72,7 +72,7 @@ def test_contracts_refuses_an_unknown_name_and_offers_those_near():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--device", "abacus"], "no device 'abacus'"),
+        (["--device", "abacus"], "'abacus' is no torch device"),
         (["--device", "mps"], "'mps' was asked for"),
         (["--dtype", "int8"], "dtype must be one of bfloat16"),
         (["--model", "./not/there"], "no checkpoint folder './not/there'"),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from turnout.audit.api import audit_calls
-from turnout.audit.device_time import _activity_on, measure
+from turnout.audit.device_time import measure
+from turnout.machine import profiler_activities
 
 
 @torch.library.custom_op("turnout_timing::opaque", mutates_args=())
@@ -78,7 +79,7 @@ def test_fused_conversions_of_compiled_code_are_gone_and_said_to_be_out_of_sight
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 def test_accelerators_have_an_activity_of_their_own(device) -> None:
-    assert _activity_on(device).name == device.upper()
+    assert profiler_activities(device)[-1].name == device.upper()
 
 
 @pytest.mark.gpu

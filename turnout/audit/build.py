@@ -23,6 +23,7 @@ from turnout.audit.recorder import Recorder
 from turnout.audit.regions import Region, fold, members
 from turnout.audit.report import AuditReport, Finding, Phase, empty_region
 from turnout.audit.rules import Classifier, Verdict
+from turnout.machine import accelerator
 
 _MOST_CONSUMERS = 4
 
@@ -69,7 +70,7 @@ def environment(device: str) -> dict[str, str]:
     Args:
         device: device type that the program ran on, such as "cpu" or "cuda".
     """
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = accelerator()
     is_here = here is not None and here.type == device
     return {
         "turnout": __version__,

@@ -171,9 +171,9 @@ def _audit_callable(fn: Callable[[], Any], regions: tuple[Region, ...], device_t
 
 
 def _callable(name: str, device: str) -> Callable[[], Any]:
-    from turnout.audit.models import check_device
+    from turnout.machine import find_device
 
-    check_device(device)
+    find_device(device)
     path, colon, attribute = name.partition(":")
     if not (path and colon and attribute):
         raise ValueError(f"--module must be pkg.mod:callable, got {name!r}")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler import record_function
-from torch.profiler import ProfilerActivity
 
 from turnout.audit.modules import ModuleStack
 from turnout.audit.regions import fold
+from turnout.machine import profiler_activities
 
 _RANGE = "turnout.audit:"
 _COPY_OPS = ("aten::copy_", "aten::_to_copy", "aten::clone")
@@ -126,23 +126,12 @@ def measure(phases: dict[str, list[Callable[[], Any]]], root: torch.nn.Module | 
 
 
 def _profile(calls: list[Callable[[], Any]], root: torch.nn.Module | None, device: str) -> _Tally:
-    activities = [ProfilerActivity.CPU]
-    if device != "cpu":
-        activities.append(_activity_on(device))
-    with _RangesPerModule(root), torch.profiler.profile(activities=activities) as profile:
+    with _RangesPerModule(root), torch.profiler.profile(activities=profiler_activities(device)) as profile:
         for call in calls:
             call()
         if device != "cpu":
             torch.accelerator.synchronize()
     return _tally(list(profile.events() or ()), device)
-
-
-def _activity_on(device: str) -> ProfilerActivity:
-    activity: ProfilerActivity | None = getattr(ProfilerActivity, device.upper(), None)
-    if activity is None:
-        names = ", ".join(name.lower() for name in ProfilerActivity.__members__)
-        raise ValueError(f"torch.profiler measures no device type {device!r}; give one of: {names}")
-    return activity
 
 
 class _RangesPerModule(ModuleStack):

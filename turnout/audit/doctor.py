@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from turnout.audit.build import environment
 from turnout.audit.decoder import Steps
 from turnout.audit.models import load
 from turnout.audit.report import AuditReport
+from turnout.machine import version
 
 _PACKAGES = ("triton", "transformers", "vllm", "numba")
 _PROMPT = 16
@@ -84,7 +84,7 @@ def examine(name: str | None) -> Diagnosis:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = "cpu" if accelerator is None else accelerator.type
-    here = {**environment(device), **{package: _version(package) for package in _PACKAGES}}
+    here = {**environment(device), **{package: version(package) or "not installed" for package in _PACKAGES}}
     if name is None:
         return Diagnosis(here, "", "", None, "Pass --model to see what would change in one.")
     model = load(name, dtype=torch.bfloat16, device=device)
@@ -124,13 +124,6 @@ def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
         changes.add_row("milliseconds", *(f"{ms:.2f}" for ms in effect.step_ms))
         console.print(changes)
     console.print(Text(diagnosis.verdict, style="bold"))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _measure(model: torch.nn.Module) -> Effect:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from turnout.machine import find_device
+
 _SMALL: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -88,29 +90,11 @@ def load(name: str, *, dtype: torch.dtype, device: str = "cpu", experts: str | N
     Raises:
         ValueError: no such model, no such device here, or no such experts implementation.
     """
-    check_device(device)
+    find_device(device)
     model: Any = NAMED[name](dtype) if name in NAMED else _from_pretrained(name, dtype)
     if experts is not None:
         model.set_experts_implementation(experts)
     return model.to(device).eval()  # type: ignore[no-any-return]
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that this machine does not have.
-
-    Raises:
-        ValueError: it is not here, or no device at all.
-    """
-    try:
-        wanted = torch.device(device).type
-    except RuntimeError:  # torch's way of saying that it knows no such device type
-        raise ValueError(f"{device!r} is no torch device; pass cpu, cuda or xpu") from None
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if wanted != "cpu" and (here is None or here.type != wanted):
-        raise ValueError(
-            f"device {device!r} was asked for, but torch {torch.__version__} sees "
-            f"{'no accelerator' if here is None else here.type} here; pass --device cpu, or run where one is"
-        )
 
 
 def _built(cls: Any, config: Any, dtype: torch.dtype) -> torch.nn.Module:

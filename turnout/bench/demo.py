@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
 
 from turnout.bench.demo_result import Consumer, Identity, Result, Settings
 from turnout.bench.scenarios import Row, Scenario, measure
@@ -21,6 +20,7 @@ from turnout.bench.transformers_engine import (
     twin_of,
 )
 from turnout.integrations.transformers import apply, explain
+from turnout.machine import accelerator, find_device, profiler_activities
 from turnout.testing.tiny import TINY_GEMMA4, held_out_text
 
 REQUESTS = (1, 16)
@@ -56,7 +56,8 @@ def open_demo(settings: Settings) -> Demo:
     """
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {settings.dtype!r}")
-    device = _device(settings.device)
+    device = find_device(settings.device) if settings.device != "auto" else accelerator() or torch.device("cpu")
+    profiler_activities(device.type)  # refuses a device that cannot be profiled, before anything is loaded
     threads = settings.threads or (1 if settings.model is None else torch.get_num_threads())
     torch.set_num_threads(threads)
     name = settings.model or str(TINY_GEMMA4)
@@ -122,24 +123,6 @@ def run_demo(demo: Demo, report_step: Callable[[str], None]) -> Result:
         bits_per_byte=bits,
         identity=_identity_in_float32(demo),
     )
-
-
-def _device(name: str) -> torch.device:
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return here or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"torch knows no device {name!r}; pass auto, cpu, cuda or xpu") from error
-    if device.type == "cpu":
-        return device
-    if here is None or here.type != device.type:
-        found = "no accelerator" if here is None else here.type
-        raise ValueError(f"device {name!r} was asked for and torch finds {found} here; pass --device auto or cpu")
-    if not hasattr(ProfilerActivity, device.type.upper()):
-        raise ValueError(f"torch.profiler cannot follow a {device.type} device, so nothing can be counted on it")
-    return device
 
 
 def _scenarios(settings: Settings) -> list[Scenario]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from turnout.bench.environment import device_name, environment
 from turnout.bench.scenario_table import scenario_table
 from turnout.bench.scenarios import Row
 from turnout.bench.verdict import compare, verdict
 from turnout.contracts import contracts, dtype_name
+from turnout.machine import device_name, environment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class Result:
 
         Schema::
 
-            environment: date, versions, machine, threads, commit; see `turnout.bench.environment`
+            environment: date, versions, machine, threads, commit; see `turnout.machine`
             settings: the fields of `Settings`
             model: layers, hidden_size, num_experts, top_k, moe_intermediate_size, vocab_size, parameters
             prompts: what they are made of

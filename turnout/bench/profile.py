@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity
+
+from turnout.machine import profiler_activities
 
 
 class Counts(NamedTuple):
@@ -30,10 +31,7 @@ def count(call: Callable[[], object], device: torch.device) -> Counts:
         call: what to count.
         device: where it computes; a CPU, or an accelerator that torch.profiler can follow.
     """
-    activities = [ProfilerActivity.CPU]
-    if device.type != "cpu":
-        activities.append(getattr(ProfilerActivity, device.type.upper()))
-    profile = torch.profiler.profile(activities=activities)
+    profile = torch.profiler.profile(activities=profiler_activities(device.type))
     with _no_kineto_log():
         profile.start()
     call()

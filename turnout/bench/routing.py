@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from turnout.bench.environment import environment
 from turnout.bench.timing import graph_times, summary
 from turnout.bench.vllm_kernel import find_source, load_gemma4_routing
 from turnout.contracts import Contract
+from turnout.machine import environment
 from turnout.routing.api import route
 from turnout.spec import RouterSpec
 from turnout.types import Routing, RoutingInputs

@@ -37,7 +37,7 @@ def launch(
     topk_ids: torch.Tensor,
 ) -> None:
     """Route into the two buffers, on as many of torch's threads as the rows are worth."""
-    if router_logits.device.type != "cpu":
+    if not router_logits.is_cpu:
         raise ValueError(
             f"impl='cpu' needs logits on a CPU, got {router_logits.device}; use impl='triton' or impl='auto'"
         )

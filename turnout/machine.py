@@ -1,4 +1,4 @@
-"""Where a measurement was made: machine, versions, commit."""
+"""The machine that turnout runs on: its devices, what can be profiled, and the facts that a record states."""
 
 from __future__ import annotations
 
@@ -11,10 +11,50 @@ import subprocess
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from turnout._version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "numba", "numpy")
+
+
+def accelerator() -> torch.device | None:
+    """The accelerator of this machine, if it has one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: it is not here, or no device at all.
+    """
+    here = accelerator()
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch's way of saying that it knows no such device type
+        raise ValueError(f"{name!r} is no torch device; pass cpu, cuda or xpu") from None
+    if device.type != "cpu" and (here is None or here.type != device.type):
+        raise ValueError(
+            f"device {name!r} was asked for, but torch {torch.__version__} sees "
+            f"{'no accelerator' if here is None else here.type} here; pass --device cpu, or run where one is"
+        )
+    return device
+
+
+def profiler_activities(device_type: str) -> list[ProfilerActivity]:
+    """What torch.profiler must follow to see work on a device: the CPU, and the accelerator if it is one.
+
+    Raises:
+        ValueError: torch.profiler does not follow such a device.
+    """
+    if device_type == "cpu":
+        return [ProfilerActivity.CPU]
+    activity: ProfilerActivity | None = getattr(ProfilerActivity, device_type.upper(), None)
+    if activity is None:
+        names = ", ".join(name.lower() for name in ProfilerActivity.__members__)
+        raise ValueError(f"torch.profiler measures no device type {device_type!r}; give one of: {names}")
+    return [ProfilerActivity.CPU, activity]
 
 
 def environment(device: str) -> dict[str, object]:
@@ -68,7 +108,7 @@ def commit() -> str | None:
     """
     if named := os.environ.get("TURNOUT_COMMIT"):
         return named
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     if shutil.which("git") is None or not (root / ".git").exists():
         return None
     head = _git(root, "rev-parse", "HEAD")
