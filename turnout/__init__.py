@@ -7,8 +7,8 @@ from turnout._version import __version__
 from turnout.contracts import CatalogueEntry, Contract, contracts
 from turnout.integrations.transformers import apply, explain, restore
 from turnout.routing.api import route
-from turnout.spec import RouterSpec
-from turnout.types import Routing, RoutingInputs
+from turnout.spec import ExpertsSpec, RouterSpec
+from turnout.types import ExpertsWeights, Permutation, Routing, RoutingInputs
 
 if TYPE_CHECKING:
     from turnout.audit.api import audit
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CatalogueEntry",
     "Contract",
+    "ExpertsSpec",
+    "ExpertsWeights",
+    "Permutation",
     "RouterSpec",
     "Routing",
     "RoutingInputs",

@@ -51,7 +51,7 @@ def entry_json(entry: CatalogueEntry) -> dict[str, Any]:
     contract = fields.pop("contract")
     fields |= {field.name: getattr(contract, field.name) for field in dataclasses.fields(contract) if field.init}
     fields["also_accepts"] = [dtype_name(dtype) for dtype in entry.also_accepts]
-    return fields | {each: dtype_name(fields[each]) for each in ("ids_dtype", "weights_dtype")}
+    return fields | {each: dtype_name(fields[each]) for each in ("ids_dtype", "weights_dtype", "structures_dtype")}
 
 
 def _catalogue_table(entries: list[CatalogueEntry], width: int) -> Table:

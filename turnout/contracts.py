@@ -17,6 +17,7 @@ import torch
 
 IDS_DTYPES = (torch.int16, torch.int32, torch.uint32, torch.int64)
 WEIGHTS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STRUCTURES_DTYPES = (torch.int32, torch.int64)
 ID_SPACES = ("logical", "physical", "local")
 STRUCTURES = (
     "tokens_per_expert",
@@ -51,6 +52,9 @@ class Contract:
         id_space: what an id counts: ``"logical"`` experts of the model, ``"physical"`` replicas (EPLB), or
             the experts ``"local"`` to one rank (which needs a sentinel for the others).
         structures: what the consumer would otherwise compute from the ids; names of fields of `Routing`.
+        structures_dtype: dtype of their integers: int32 or int64 (the bitmatrix is uint32 always).
+        block_size: slots in a block of the padded block map (sorted_token_ids, expert_ids, num_tokens_post_padded);
+            None: none of these is asked for, or the consumer chooses the size at each call.
         key: the contract as JSON: what operators carry, and what `from_key` reads; not an argument.
 
     Example:
@@ -63,6 +67,8 @@ class Contract:
     sentinel: int | Literal["num_experts"] | None = None
     id_space: Literal["logical", "physical", "local"] = "logical"
     structures: tuple[str, ...] = ()
+    structures_dtype: torch.dtype = torch.int32
+    block_size: int | None = None
 
     key: str = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -77,6 +83,9 @@ class Contract:
             _check_member("structures", structure, STRUCTURES)
         if len(set(self.structures)) != len(self.structures):
             raise ValueError(f"structures must name each structure once, got {self.structures}")
+        _check_member("structures_dtype", self.structures_dtype, STRUCTURES_DTYPES)
+        if self.block_size is not None and (type(self.block_size) is not int or self.block_size < 1):
+            raise ValueError(f"block_size must be a positive int or None, got {self.block_size!r}")
         self._check_sentinel()
         key = json.dumps({field: _encode(value) for field, value in self._stated().items()})
         object.__setattr__(self, "key", key)  # now: a compiler cannot trace it later
@@ -115,7 +124,7 @@ class Contract:
     def from_key(cls, key: str) -> Contract:
         """The contract that wrote this `key`."""
         fields = json.loads(key)
-        for field in ("ids_dtype", "weights_dtype"):
+        for field in ("ids_dtype", "weights_dtype", "structures_dtype"):
             if field in fields:
                 fields[field] = _DTYPE_BY_NAME[fields[field]]
         return cls(**fields)
@@ -124,7 +133,7 @@ class Contract:
         """The two dtypes, and every other field that is not at its default."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.init}
-        return {k: v for k, v in values.items() if k.endswith("_dtype") or v != defaults[k]}
+        return {k: v for k, v in values.items() if k in ("ids_dtype", "weights_dtype") or v != defaults[k]}
 
     def __repr__(self) -> str:
         return f"Contract({', '.join(f'{k}={v!r}' for k, v in self._stated().items())})"

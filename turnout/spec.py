@@ -1,4 +1,4 @@
-"""What a model's router computes, as data."""
+"""What a model's router and its experts compute, as data."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class RouterSpec:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        object.__setattr__(self, "key", json.dumps(self._stated()))  # now: a compiler cannot trace it later
+        object.__setattr__(self, "key", json.dumps(_stated(self)))  # now: a compiler cannot trace it later
         self._check_counts()
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError(f"logit_softcap must be above 0, or None for no cap; got {self.logit_softcap}")
@@ -168,19 +168,96 @@ class RouterSpec:
         """The spec that wrote this `key`."""
         return cls(**json.loads(key))
 
-    def _stated(self) -> dict[str, Any]:
-        """The fields that are not at their default."""
-        values = {
-            field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self) if field.init
-        }
-        return {name: value for name, (value, default) in values.items() if value != default}
+    def __repr__(self) -> str:
+        return f"RouterSpec({', '.join(f'{k}={v!r}' for k, v in _stated(self).items())})"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """The experts of a Mixture-of-Experts layer: what they compute, and how their weights lie in memory.
+
+    ``gate, up = gate_up_proj(x); down_proj(activation(gate) * (up + up_offset))``, in each expert that a token chose.
+
+    Attributes:
+        activation: ``"silu"``: ``gate * sigmoid(activation_alpha * gate)``; ``"gelu"``: with the error function;
+            ``"gelu_tanh"``: its approximation by tanh.
+        activation_alpha: factor inside of silu's sigmoid (gpt-oss: 1.702).
+        activation_limit: gate is clamped to at most this, up to both sides (gpt-oss: 7.0); None: not at all.
+        up_offset: added to up, after the clamp (gpt-oss: 1.0).
+
+        transposed: weights are [E, H, 2I] and [E, I, H] (gpt-oss) in place of [E, 2I, H] and [E, H, I].
+        interleaved: gate and up alternate along 2I (gpt-oss), in place of all gate before all up.
+        bias: both projections add a bias.
+
+        quantization: ``"none"``; ``"w4a16"``: int4 weights in groups, eight to an int32; ``"w8a8_int8"`` and
+            ``"w8a8_fp8"``: 8-bit weights with a scale per row, activations quantised per token; ``"w4a8_int8"``: int4
+            weights in groups, activations quantised per token to int8.
+        group_size: input columns that share a scale, for the int4 schemes; None otherwise.
+
+        key: the spec as JSON: what operators carry, and what `from_key` reads; not an argument.
+
+    Example:
+        >>> ExpertsSpec(activation="gelu_tanh")
+        ExpertsSpec(activation='gelu_tanh')
+    """
+
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation_alpha: float = 1.0
+    activation_limit: float | None = None
+    up_offset: float = 0.0
+
+    transposed: bool = False
+    interleaved: bool = False
+    bias: bool = False
+
+    quantization: Literal["none", "w4a16", "w4a8_int8", "w8a8_int8", "w8a8_fp8"] = "none"
+    group_size: int | None = None
+
+    key: str = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        object.__setattr__(self, "key", json.dumps(_stated(self)))  # now: a compiler cannot trace it later
+        if self.activation_alpha != 1.0 and self.activation != "silu":
+            raise ValueError(
+                f"activation_alpha={self.activation_alpha} contradicts activation={self.activation!r}: it is silu's"
+            )
+        if self.activation_limit is not None and self.activation_limit <= 0:
+            raise ValueError(f"activation_limit must be above 0, or None for no clamp; got {self.activation_limit}")
+        if (self.group_size is not None) != self.quantization.startswith("w4"):
+            raise ValueError(
+                f"group_size={self.group_size} contradicts quantization={self.quantization!r}: the int4 schemes have "
+                "one, the others do not"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+
+    # By the key, as in `RouterSpec`.
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, ExpertsSpec) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @classmethod
+    def from_key(cls, key: str) -> ExpertsSpec:
+        """The spec that wrote this `key`."""
+        return cls(**json.loads(key))
 
     def __repr__(self) -> str:
-        return f"RouterSpec({', '.join(f'{k}={v!r}' for k, v in self._stated().items())})"
+        return f"ExpertsSpec({', '.join(f'{k}={v!r}' for k, v in _stated(self).items())})"
 
 
-def _check_types(spec: RouterSpec) -> None:
-    hints = typing.get_type_hints(RouterSpec)
+def _stated(spec: RouterSpec | ExpertsSpec) -> dict[str, Any]:
+    """The fields that are not at their default."""
+    values = {
+        field.name: (getattr(spec, field.name), field.default) for field in dataclasses.fields(spec) if field.init
+    }
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def _check_types(spec: RouterSpec | ExpertsSpec) -> None:
+    hints = typing.get_type_hints(type(spec))
     for name in (field.name for field in dataclasses.fields(spec) if field.init):
         hint, value = hints[name], getattr(spec, name)
         if typing.get_origin(hint) is Literal:
@@ -189,6 +266,9 @@ def _check_types(spec: RouterSpec) -> None:
         elif hint is bool or hint is int:
             if type(value) is not hint:
                 raise TypeError(f"{name} must be {_article(hint)}, got {value!r}")
+        elif hint == int | None:
+            if value is not None and type(value) is not int:
+                raise TypeError(f"{name} must be an int or None, got {value!r}")
         elif not (value is None and type(None) in typing.get_args(hint)):
             if not _is_finite_number(value):
                 raise TypeError(f"{name} must be a finite number, got {value!r}")

@@ -1,4 +1,4 @@
-"""What routing takes beside the logits, and what it gives."""
+"""The tensors that go into the stations of a layer, and those that they hand on."""
 
 from __future__ import annotations
 
@@ -44,19 +44,62 @@ class RoutingInputs:
     replay_ids: torch.Tensor | None = None
 
 
+class Permutation(NamedTuple):
+    """The slots of a routing in the order of their experts; fields not asked for are None.
+
+    S = T * K slots; slot ``t * K + k`` is the k-th expert of token t. Slots whose id is no expert (padding, not local)
+    have no position: they are counted nowhere. Inside an expert, slots keep their order. Integers are of the contract's
+    ``structures_dtype``. Fields have the names, shapes and meaning that they have in `Routing`.
+
+    Example: two tokens choose experts (2, 0) and (2, 1) of three. Then tokens_per_expert is [1, 1, 2], expert_offsets
+    [0, 1, 2, 4], permuted_idx [1, 3, 0, 2] and inv_permuted_idx [[2, 0], [3, 1]].
+    """
+
+    tokens_per_expert: torch.Tensor | None = None
+    expert_offsets: torch.Tensor | None = None
+    permuted_idx: torch.Tensor | None = None
+    inv_permuted_idx: torch.Tensor | None = None
+    sorted_token_ids: torch.Tensor | None = None
+    expert_ids: torch.Tensor | None = None
+    num_tokens_post_padded: torch.Tensor | None = None
+    bitmatrix: torch.Tensor | None = None
+
+
 class Routing(NamedTuple):
     """The result of `turnout.route`, in the dtypes of the contract; fields not asked for are None.
 
-    A NamedTuple, and so a pytree. S = T * K slots; slot ``t * K + k`` is the k-th expert of token t.
+    A NamedTuple, and so a pytree. S = T * K slots; slot ``t * K + k`` is the k-th expert of token t. V of them carry
+    the id of an expert: all S, unless there is padding or an expert is not local. Integers of the structures are of the
+    contract's ``structures_dtype``.
     """
 
     topk_weights: torch.Tensor  # [T, K] contract.weights_dtype
     topk_ids: torch.Tensor  # [T, K] contract.ids_dtype, in descending order of the ranked value
-    tokens_per_expert: torch.Tensor | None = None  # [E] int32, how many slots chose each expert
-    expert_offsets: torch.Tensor | None = None  # [E + 1] int32, starts with 0, ends with S
-    permuted_idx: torch.Tensor | None = None  # [S] int32, sorted by expert: position -> slot
-    inv_permuted_idx: torch.Tensor | None = None  # [T, K] int32, slot -> position
-    sorted_token_ids: torch.Tensor | None = None  # [padded S] int32, slots in blocks of one expert each
-    expert_ids: torch.Tensor | None = None  # [blocks] int32, the expert of each block
-    num_tokens_post_padded: torch.Tensor | None = None  # [1] int32, how much of sorted_token_ids is used
+    tokens_per_expert: torch.Tensor | None = None  # [E], how many slots chose each expert
+    expert_offsets: torch.Tensor | None = None  # [E + 1], starts with 0, ends with V
+    permuted_idx: torch.Tensor | None = None  # [S], sorted by expert: position -> slot; -1 from V on
+    inv_permuted_idx: torch.Tensor | None = None  # [T, K], slot -> position; -1 where the id is no expert
+    sorted_token_ids: torch.Tensor | None = None  # [padded S], slots in blocks of one expert each; S fills them up
+    expert_ids: torch.Tensor | None = None  # [blocks], the expert of each block; -1 past the last block in use
+    num_tokens_post_padded: torch.Tensor | None = None  # [1], how much of sorted_token_ids is used
     bitmatrix: torch.Tensor | None = None  # [T, ceil(E / 32)] uint32, bit e of row t: t chose e
+
+    @property
+    def permutation(self) -> Permutation:
+        """The structures alone."""
+        return Permutation(*self[2:])
+
+
+class ExpertsWeights(NamedTuple):
+    """The parameters of E experts, in the layout that `turnout.ExpertsSpec` states.
+
+    I intermediate size, H hidden size. Plain weights are float32, bfloat16 or float16; for those of a quantised
+    scheme, and for the scales, see ``ExpertsSpec.quantization``.
+    """
+
+    gate_up_proj: torch.Tensor  # [E, 2I, H], gate rows before up rows; transposed: [E, H, 2I]
+    down_proj: torch.Tensor  # [E, H, I]; transposed: [E, I, H]
+    gate_up_bias: torch.Tensor | None = None  # [E, 2I]
+    down_bias: torch.Tensor | None = None  # [E, H]
+    gate_up_scale: torch.Tensor | None = None  # [E, 2I, groups]
+    down_scale: torch.Tensor | None = None  # [E, H, groups]
