@@ -10,15 +10,16 @@ import turnout
 
 PACKAGE = Path(turnout.__file__).parent
 PROJECT = PACKAGE.parent
-ROOMS = ("routing", "permutation", "experts", "combine")
-IMPLEMENTATIONS = ("reference", "triton", "cpu")
+ROOMS = ("routing", "permutation", "experts", "combine", "remap")
+# Implementations by kind: one that spans stations builds on its own kind in the stations before and after.
+KINDS = {"reference": "reference", "cpu": "cpu", "triton": "triton", "grouped": "triton", "grouped_mm": "triton"}
 
 # From the bottom up: a module imports from its own layer and those below. "" is the package itself: what
 # lies above it uses turnout as its users do.
 LAYERS = [
     {"_version", "device", "machine"},
-    {"families", "spec", "types", "contracts", "catalogue", "catalogue_vllm"},
-    {*ROOMS, "testing"},
+    {"families", "spec", "types", "contracts", "catalogue", "catalogue_own", "catalogue_vllm", "impls"},
+    {*ROOMS, "router", "testing"},
     {"moe"},
     {"integrations"},
     {""},
@@ -79,14 +80,20 @@ def test_imports_go_downwards(module):
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if (PACKAGE / room).is_dir()])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_implementations_import_no_other(room, implementation):
-    """What two of them share lies in ``device``; a part of one carries its name: ``_cpu_kernel`` of ``cpu``."""
-    module = f"{room}.{implementation}"
-    if module not in MODULES:
-        pytest.skip(f"the room has no {implementation}.py")
-    of_rooms = {name for name in imports_of(module) if name.split(".")[0] in ROOMS}
-    assert {name for name in of_rooms if not name.startswith(f"{room}._{implementation}")} == set()
+def test_implementations_import_no_other_kind(room):
+    """What kinds share lies in ``device``; a part of one carries its name: ``_cpu_kernel`` of ``cpu``."""
+    kinds = {module: kind_of(module) for module in MODULES if module.startswith(f"{room}.") and kind_of(module)}
+    assert set(kinds.values()) >= {"reference"}
+    for module, kind in kinds.items():
+        others = {name for name in imports_of(module) if kind_of(name) not in (None, kind)}
+        assert others == set(), module
+
+
+def kind_of(module):
+    """``"cpu"`` for ``routing.cpu`` and ``routing._cpu_kernel``; None for what is no implementation."""
+    room, _, name = module.partition(".")
+    names = [impl for impl in KINDS if re.fullmatch(rf"{impl}|_{impl}_\w+", name)]
+    return KINDS[names[0]] if room in ROOMS and names else None
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if (PACKAGE / room).is_dir()])

@@ -4,11 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from turnout._version import __version__
+from turnout.combine.api import combine
 from turnout.contracts import CatalogueEntry, Contract, contracts
+from turnout.experts.api import experts
 from turnout.integrations.transformers import apply, explain, restore
+from turnout.moe import moe
 from turnout.routing.api import route
 from turnout.spec import ExpertsSpec, RouterSpec
-from turnout.types import ExpertsWeights, Permutation, Routing, RoutingInputs
+from turnout.types import ExpertsWeights, Permutation, RouterWeights, Routing, RoutingInputs
 
 if TYPE_CHECKING:
     from turnout.audit.api import audit
@@ -20,13 +23,17 @@ __all__ = [
     "ExpertsWeights",
     "Permutation",
     "RouterSpec",
+    "RouterWeights",
     "Routing",
     "RoutingInputs",
     "__version__",
     "apply",
     "audit",
+    "combine",
     "contracts",
+    "experts",
     "explain",
+    "moe",
     "restore",
     "route",
 ]

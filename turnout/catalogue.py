@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from turnout.catalogue_own import OWN_ENTRIES
 from turnout.catalogue_vllm import VLLM_ENTRIES
 from turnout.contracts import CatalogueEntry, Contract
 
@@ -370,6 +371,7 @@ TRAINING_AND_OTHERS = (
 )
 
 ENTRIES: tuple[CatalogueEntry, ...] = (
+    *OWN_ENTRIES,
     *TRANSFORMERS,
     *VLLM_ENTRIES,
     *TRITON_KERNELS,

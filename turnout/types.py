@@ -28,6 +28,8 @@ class RoutingInputs:
         logical_replica_count: [E] int64; how many replicas each expert has.
         expert_load: [P] int32; counts to which the routed tokens are added.
         replay_ids: [T, K] int16; buffer that receives the logical ids, before any map.
+        router_hidden_states: [T, H]; what the router reads where the experts read something else, as in Gemma 4, which
+            norms their input alone. For `turnout.moe`; `turnout.route` starts from logits and does not look at it.
     """
 
     per_expert_scale: torch.Tensor | None = None
@@ -42,6 +44,15 @@ class RoutingInputs:
     logical_replica_count: torch.Tensor | None = None
     expert_load: torch.Tensor | None = None
     replay_ids: torch.Tensor | None = None
+    router_hidden_states: torch.Tensor | None = None
+
+
+class RouterWeights(NamedTuple):
+    """The parameters of a router that its `turnout.RouterSpec` names, all of the dtype of the hidden states."""
+
+    proj: torch.Tensor  # [E, H]
+    bias: torch.Tensor | None = None  # [E]
+    scale: torch.Tensor | None = None  # [H], of the input norm
 
 
 class Permutation(NamedTuple):
@@ -63,6 +74,9 @@ class Permutation(NamedTuple):
     expert_ids: torch.Tensor | None = None
     num_tokens_post_padded: torch.Tensor | None = None
     bitmatrix: torch.Tensor | None = None
+    permuted_weights: torch.Tensor | None = None
+    block_offsets: torch.Tensor | None = None
+    block_schedule: torch.Tensor | None = None
 
 
 class Routing(NamedTuple):
@@ -83,6 +97,10 @@ class Routing(NamedTuple):
     expert_ids: torch.Tensor | None = None  # [blocks], the expert of each block; -1 past the last block in use
     num_tokens_post_padded: torch.Tensor | None = None  # [1], how much of sorted_token_ids is used
     bitmatrix: torch.Tensor | None = None  # [T, ceil(E / 32)] uint32, bit e of row t: t chose e
+    permuted_weights: torch.Tensor | None = None  # [S] contract.weights_dtype, position -> weight; 0 from V on
+    # For blocks of 16, 32, 64, 128 and 256 slots (the rows), each of one expert:
+    block_offsets: torch.Tensor | None = None  # [5, E + 1], how many blocks come before each expert
+    block_schedule: torch.Tensor | None = None  # [5, blocks], block -> expert | number of it in its expert << 16; or -1
 
     @property
     def permutation(self) -> Permutation:

@@ -1,0 +1,31 @@
+"""What turnout's own experts read: `turnout.moe` lets the routing launch write it."""
+
+from __future__ import annotations
+
+from turnout._version import __version__
+from turnout.contracts import CatalogueEntry, Contract
+
+IDS_AND_WEIGHTS = Contract(sentinel=-1)
+
+
+def _own(impl: str, contract: Contract, reads: str) -> CatalogueEntry:
+    return CatalogueEntry(
+        name=f"turnout.experts.{impl}",
+        contract=contract,
+        reads=reads,
+        repository="turnout/turnout",
+        path=f"turnout/experts/{impl}.py",
+        commit=f"v{__version__}",
+        versions=f"=={__version__}",
+        evidence="run",
+        also_accepts=(),
+    )
+
+
+OWN_ENTRIES = (
+    _own("reference", IDS_AND_WEIGHTS, "Finds the slots of each expert in the ids."),
+    _own("cpu", IDS_AND_WEIGHTS, "Counts and orders the ids itself."),
+    _own("triton", IDS_AND_WEIGHTS, "Reads the id and the weight of each slot, and no structure."),
+    _own("grouped", IDS_AND_WEIGHTS, "Computes what it needs from the ids."),
+    _own("grouped_mm", IDS_AND_WEIGHTS, "Computes what it needs from the ids."),
+)

@@ -1,0 +1,50 @@
+"""Combine as one Triton launch, for CUDA, ROCm and XPU devices."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turnout.device.rounding import narrowed, widened
+
+
+@triton.jit(do_not_specialize=["row_stride"])
+def _combine_kernel(
+    expert_out_ptr,  # [rows, H], rows row_stride apart
+    topk_weights_ptr,  # [T, K]
+    inv_permuted_ptr,  # [T, K] or None
+    out_ptr,  # [T, H]
+    row_stride,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Grid: (T, ceil(H / BLOCK_H)). Each program sums BLOCK_H columns of one token's K rows."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_column = columns < HIDDEN
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for k in range(TOP_K):
+        slot = token * TOP_K + k
+        weight = widened(tl.load(topk_weights_ptr + slot))
+        row = slot if inv_permuted_ptr is None else tl.load(inv_permuted_ptr + slot).to(tl.int64)
+        is_slot = (row >= 0) & (weight != 0.0)
+        values = tl.load(expert_out_ptr + row * row_stride + columns, mask=is_column & is_slot, other=0.0)
+        total += tl.where(is_slot, weight * widened(values), 0.0)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + token * HIDDEN + columns, narrowed(total, DTYPE), mask=is_column)
+
+
+def launch(
+    expert_out: torch.Tensor, topk_weights: torch.Tensor, inv_permuted_idx: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Combine ``expert_out`` [rows, H] into ``out`` [T, H] with one launch."""
+    num_tokens, hidden_size = out.shape
+    if num_tokens == 0:
+        return
+    block = min(1024, triton.next_power_of_2(hidden_size))
+    _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
+        expert_out, topk_weights, inv_permuted_idx, out,
+        expert_out.stride(0), hidden_size, topk_weights.shape[1], block, num_warps=4,
+    )  # fmt: skip

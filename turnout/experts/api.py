@@ -1,0 +1,154 @@
+"""``turnout.experts``: what goes in, what is checked, which implementation runs."""
+
+from __future__ import annotations
+
+import torch
+
+from turnout.contracts import IDS_DTYPES, STRUCTURES, STRUCTURES_DTYPES, WEIGHTS_DTYPES
+from turnout.experts import ops as _ops  # registers the operators
+from turnout.experts import tuning
+from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tensor
+from turnout.spec import ExpertsSpec
+from turnout.types import ExpertsWeights, Routing
+
+IMPLS = ("reference", "cpu", "triton", "grouped", "grouped_mm")
+HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def experts(
+    hidden_states: torch.Tensor,
+    weights: ExpertsWeights,
+    routing: Routing,
+    spec: ExpertsSpec,
+    *,
+    impl: str = "auto",
+    batch_invariant: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run each token through the K experts that it chose, and sum their outputs by weight.
+
+    The activation is rounded to the dtype of ``hidden_states``; products and sums are in float32, those over the K
+    experts in the order k = 0 .. K-1. A slot whose id is no expert, or whose weight is exactly 0, contributes nothing,
+    whatever its values; nor does an expert that nobody chose. Results are the same at every run.
+
+    Args:
+        hidden_states: [T, H] float32, bfloat16 or float16; rows may lie apart, T may be 0.
+        weights: in the layout that ``spec`` states; plain ones in the dtype of ``hidden_states``.
+        routing: topk_weights [T, K] float32, bfloat16 or float16, and topk_ids [T, K] int16, int32, uint32 or int64,
+            both contiguous. Its structures are used where the implementation reads them, and computed where they
+            are missing.
+        spec: what the experts compute.
+        impl: ``"auto"``, or one of ``"reference"``, ``"cpu"``, ``"triton"`` (few tokens), ``"grouped"``,
+            ``"grouped_mm"`` (many tokens); a named one runs or raises.
+        batch_invariant: a row's bits do not depend on the rows beside it, nor on T; ``"auto"`` then
+            takes one implementation for every T.
+        out: [T, H] of the dtype of ``hidden_states``, contiguous, to write into; not ``hidden_states`` itself.
+
+    Returns:
+        [T, H] of the dtype of ``hidden_states``.
+
+    Raises:
+        ValueError: an argument does not fit the others; the message says what was given and what is wanted.
+        TypeError: an argument is not of its type.
+        NotImplementedError: the weights are of a scheme that is not there yet.
+    """
+    check_kind("weights", weights, ExpertsWeights)
+    check_kind("routing", routing, Routing)
+    check_kind("spec", spec, ExpertsSpec)
+    check_hidden_states(hidden_states)
+    if spec.quantization == "none":
+        check_weights(hidden_states, weights, spec)
+    else:
+        raise NotImplementedError(
+            f"experts does not run quantization={spec.quantization!r} yet (ExpertsSpec.quantization); it runs 'none'"
+        )
+    check_routing(hidden_states, routing, weights.gate_up_proj.shape[0])
+    if impl == "auto":
+        impl = choose_impl(hidden_states, batch_invariant).impl
+    else:
+        check_impl(impl, IMPLS)
+    structures = routing[2:] if any(structure is not None for structure in routing[2:]) else ()
+    arguments = (hidden_states, *weights, *routing[:2], structures, spec.key, impl, batch_invariant)
+    if out is None:
+        return _ops.experts(*arguments)  # type: ignore[no-any-return]
+    shape = tuple(hidden_states.shape)
+    check_tensor("out", out, shape, (hidden_states.dtype,), ("hidden_states", hidden_states))
+    _ops.experts_out(*arguments, out=out)
+    return out
+
+
+def choose_impl(hidden_states: torch.Tensor, batch_invariant: bool = False) -> Choice:
+    """The implementation that ``impl="auto"`` takes for these tokens, and the reason."""
+    if hidden_states.is_cpu:
+        return Choice("cpu", "tokens on a CPU: GEMMs through torch")
+    if not (hidden_states.is_cuda or hidden_states.is_xpu):  # "cuda" is what torch calls ROCm devices, too
+        device = hidden_states.device.type
+        return Choice("reference", f"no kernel for device type {device!r}: plain torch operations")
+    if batch_invariant:
+        return Choice(tuning.BATCH_INVARIANT_IMPL, "batch_invariant: one implementation for any number of tokens")
+    if hidden_states.shape[0] <= tuning.FEW_TOKENS:
+        return Choice("triton", f"at most {tuning.FEW_TOKENS} tokens on a GPU: two launches, weights read slot by slot")
+    return Choice("grouped", f"more than {tuning.FEW_TOKENS} tokens on a GPU: one GEMM over all experts")
+
+
+def check_hidden_states(hidden_states: torch.Tensor) -> None:
+    check_kind("hidden_states", hidden_states, torch.Tensor)
+    if hidden_states.dim() != 2:
+        raise ValueError(
+            f"hidden_states must be [T, H], got shape {list(hidden_states.shape)}; flatten leading dimensions with "
+            "hidden_states.view(-1, hidden_states.shape[-1])"
+        )
+    if hidden_states.dtype not in HIDDEN_DTYPES:
+        raise ValueError(f"hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}")
+    if hidden_states.stride(1) != 1 and hidden_states.shape[1] > 1:
+        raise ValueError(
+            f"hidden_states must have contiguous rows, got strides {hidden_states.stride()}; rows may lie apart, "
+            "columns may not: pass hidden_states.contiguous() if the copy is meant"
+        )
+    check_grad("hidden_states", hidden_states)
+
+
+def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: ExpertsSpec) -> None:
+    """Of plain weights."""
+    dtypes, beside, hidden_size = (hidden_states.dtype,), ("hidden_states", hidden_states), hidden_states.shape[1]
+    down_proj = weights.down_proj
+    check_kind("down_proj", down_proj, torch.Tensor)
+    if down_proj.dim() != 3:
+        raise ValueError(f"down_proj must have three dimensions, the experts first; got shape {list(down_proj.shape)}")
+    num_experts, intermediate_size = down_proj.shape[0], down_proj.shape[1 if spec.transposed else 2]
+    gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+    if spec.transposed:
+        gate_up, down = gate_up[::-1], down[::-1]
+    check_tensor("gate_up_proj", weights.gate_up_proj, (num_experts, *gate_up), dtypes, beside)
+    check_tensor("down_proj", down_proj, (num_experts, *down), dtypes, beside)
+    for name, columns in (("gate_up_bias", 2 * intermediate_size), ("down_bias", hidden_size)):
+        bias = getattr(weights, name)
+        if (bias is not None) != spec.bias:
+            raise ValueError(
+                f"the spec has bias={spec.bias}, but ExpertsWeights.{name} is {'missing' if bias is None else 'given'}"
+            )
+        if bias is not None:
+            check_tensor(name, bias, (num_experts, columns), dtypes, beside)
+    for name in ("gate_up_scale", "down_scale"):
+        if getattr(weights, name) is not None:
+            raise ValueError(f"the spec has quantization='none', but ExpertsWeights.{name} is given")
+
+
+def check_routing(hidden_states: torch.Tensor, routing: Routing, num_experts: int) -> None:
+    num_tokens, beside = hidden_states.shape[0], ("hidden_states", hidden_states)
+    check_tensor("topk_ids", routing.topk_ids, (num_tokens, None), IDS_DTYPES, beside)
+    top_k = routing.topk_ids.shape[1]
+    check_tensor("topk_weights", routing.topk_weights, (num_tokens, top_k), WEIGHTS_DTYPES, beside)
+    slots = num_tokens * top_k
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "tokens_per_expert": (num_experts,),
+        "expert_offsets": (num_experts + 1,),
+        "permuted_idx": (slots,),
+        "inv_permuted_idx": (num_tokens, top_k),
+        "num_tokens_post_padded": (1,),
+    }
+    for name, structure in zip(STRUCTURES, routing[2:], strict=True):
+        if structure is not None:
+            dtypes = (torch.uint32,) if name == "bitmatrix" else STRUCTURES_DTYPES
+            any_shape = (None,) * (2 if name == "bitmatrix" else 1)
+            check_tensor(name, structure, shapes.get(name, any_shape), dtypes, beside)

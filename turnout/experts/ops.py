@@ -1,0 +1,84 @@
+"""The operators ``turnout::experts`` and ``turnout::experts_out``, as torch's dispatcher, compiler and export see them.
+
+The spec travels as its key, a line of JSON: an exported graph holds all it needs and no handle into this process.
+``structures`` are those of `turnout.Routing` in its order, or none at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from turnout.impls import launch_of, module_of
+from turnout.spec import ExpertsSpec
+from turnout.types import ExpertsWeights, Routing
+
+_INPUTS = (
+    "Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, "
+    "Tensor? gate_up_scale, Tensor? down_scale, Tensor topk_weights, Tensor topk_ids, Tensor?[] structures, "
+    "str spec, str impl, bool batch_invariant"
+)
+torch.library.define("turnout::experts", f"({_INPUTS}) -> Tensor")
+torch.library.define("turnout::experts_out", f"({_INPUTS}, *, Tensor(a!) out) -> ()")
+# Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
+for _operator in ("experts", "experts_out"):
+    torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
+experts, experts_out = torch.ops.turnout.experts.default, torch.ops.turnout.experts_out.default
+
+_spec_of = functools.cache(ExpertsSpec.from_key)
+_NUM_WEIGHTS = len(ExpertsWeights._fields)
+
+
+@torch.library.impl("turnout::experts", "CompositeExplicitAutograd")
+def _experts(hidden_states: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    out = _allocate(hidden_states)
+    _run(hidden_states, arguments, out)
+    return out
+
+
+@torch.library.impl("turnout::experts_out", "CompositeExplicitAutograd")
+def _experts_out(hidden_states: torch.Tensor, *arguments: Any, out: torch.Tensor) -> None:
+    start, end = _span(hidden_states)
+    out_start, out_end = _span(out)
+    if out_start < end and start < out_end:
+        raise ValueError("out overlaps hidden_states, which is read while out is written; pass another buffer")
+    _run(hidden_states, arguments, out)
+
+
+def _run(hidden_states: torch.Tensor, arguments: tuple[Any, ...], out: torch.Tensor) -> None:
+    """Call the implementation; ``arguments`` are those of the schema from gate_up_proj on."""
+    topk_weights, topk_ids, structures, spec, impl, batch_invariant = arguments[_NUM_WEIGHTS:]
+    # An implementation that is not batch-invariant by itself has a second function that is.
+    name = "launch_batch_invariant" if batch_invariant else "launch"
+    if not hasattr(module_of("experts", impl), name):
+        name = "launch"
+    weights, routing = ExpertsWeights(*arguments[:_NUM_WEIGHTS]), Routing(topk_weights, topk_ids, *structures)
+    launch_of("experts", impl, name)(hidden_states, weights, routing, _spec_of(spec), out)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses between which a tensor [T, H] lies."""
+    rows, columns = tensor.shape
+    if tensor.numel() == 0:
+        return 0, 0
+    start = tensor.data_ptr()
+    return start, start + ((rows - 1) * tensor.stride(0) + columns) * tensor.element_size()
+
+
+def _allocate(hidden_states: torch.Tensor) -> torch.Tensor:
+    num_tokens, hidden_size = hidden_states.shape
+    return torch.empty_strided(
+        (num_tokens, hidden_size), (hidden_size, 1), dtype=hidden_states.dtype, device=hidden_states.device
+    )
+
+
+@torch.library.register_fake("turnout::experts")
+def _experts_fake(hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
+    return _allocate(hidden_states)
+
+
+@torch.library.register_fake("turnout::experts_out")
+def _experts_out_fake(*_: object, out: torch.Tensor) -> None:
+    return None
