@@ -6,6 +6,7 @@ Prints one JSON object: for each kernel, target and case, the kinds of code that
 import itertools
 import json
 
+import ahead_of_time_bench
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -67,6 +68,7 @@ def route_source(spec, contract, logits_dtype, scale_dtype, padding, rows):
 
 def main():
     sources = {("_route_kernel", name): route_source(*case) for name, case in route_cases().items()}
+    sources |= ahead_of_time_bench.sources()
     compiled = []
     for ((kernel, case), source), (target, gpu) in itertools.product(sources.items(), TARGETS.items()):
         result = triton.compile(source, target=gpu, options={"num_warps": 1})

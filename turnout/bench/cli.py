@@ -99,6 +99,60 @@ def routing_command(
     typer.echo(table(result))
 
 
+@bench_app.command("layer")
+def layer_command(
+    json: Annotated[Path, typer.Option(help="File that the result is written to, row by row.")],
+    rounds: Annotated[int, typer.Option(min=2, help="Replays of each variant, in turns.")] = 20,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas.")] = "1,2,4,8,16,32,64,128,256,1024,4096",
+    layers: Annotated[int, typer.Option(min=1, help="Layers whose weights the calls rotate through.")] = 12,
+    routing: Annotated[str, typer.Option(help="uniform, skewed or one_hot.")] = "uniform",
+    vllm_site: Annotated[
+        Path | None, typer.Option(help="Folder to import vLLM from; left out, where Python finds it.")
+    ] = None,
+    num_experts: Annotated[int, typer.Option(min=1)] = 128,
+    top_k: Annotated[int, typer.Option(min=1)] = 8,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 2816,
+    intermediate_size: Annotated[int, typer.Option(min=1)] = 704,
+    activation: Annotated[str, typer.Option(help="silu, gelu or gelu_tanh.")] = "gelu_tanh",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16: of hidden states and weights.")] = "bfloat16",
+) -> None:
+    """A layer from router logits to output on a CUDA device: turnout, vLLM and transformers, in captured graphs."""
+    from turnout.bench.layer import Settings, run, table
+    from turnout.bench.layer_case import Geometry
+
+    def write(result: dict[str, object]) -> None:
+        json.write_text(json_module.dumps(result, indent=1) + "\n")
+
+    try:
+        geometry = Geometry(
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            activation=activation,
+            dtype=dtype,
+        )
+        settings = Settings(
+            geometry=geometry,
+            num_tokens=_numbers("--tokens", tokens),
+            routing=routing,
+            layers=layers,
+            rounds=rounds,
+            vllm_site=vllm_site,
+        )
+        result = run(settings, write, lambda step: typer.echo(step, err=True))
+    except ValueError as error:
+        _refuse(str(error), error)
+    typer.echo(table(result))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() and int(number) for number in numbers):
+        raise ValueError(f"{option} must be numbers with commas between; got {text}")
+    return tuple(int(number) for number in numbers)
+
+
 def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
     typer.echo(f"turnout: {message}", err=True)
     raise typer.Exit(2) from cause

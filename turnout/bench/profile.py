@@ -12,6 +12,14 @@ import torch
 from turnout.machine import profiler_activities
 
 
+class Kernel(NamedTuple):
+    """What a device ran under one name in a call: how often, and for how many microseconds together."""
+
+    name: str
+    times: float
+    us: float
+
+
 class Counts(NamedTuple):
     """Copies and launches of one call.
 
@@ -31,15 +39,7 @@ def count(call: Callable[[], object], device: torch.device) -> Counts:
         call: what to count.
         device: where it computes; a CPU, or an accelerator that torch.profiler can follow.
     """
-    profile = torch.profiler.profile(activities=profiler_activities(device.type))
-    with _no_kineto_log():
-        profile.start()
-    call()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    with _no_kineto_log():
-        profile.stop()
-    events: list[Any] = list(profile.events() or ())
+    events = _events(call, device)
     copies = [event for event in events if event.name == "aten::copy_"]
     if device.type == "cpu":
         copy_us = sum(event.self_cpu_time_total for event in copies)
@@ -51,6 +51,33 @@ def count(call: Callable[[], object], device: torch.device) -> Counts:
         device_us = sum(event.time_range.elapsed_us() for event in launched)
         launches = len(launched)
     return Counts(len(copies), copy_us / device_us if device_us else 0.0, launches)
+
+
+def kernels(call: Callable[[int], object], device: torch.device, calls: int = 4) -> list[Kernel]:
+    """Each kernel and memory operation of a call, in the order of their first launch; warm the call up before.
+
+    Args:
+        call: ``call(i)`` takes the i-th input.
+        device: an accelerator that torch.profiler can follow.
+        calls: how many are profiled; what comes back is the mean of one.
+    """
+    found: dict[str, list[float]] = {}
+    events = _events(lambda: [call(i) for i in range(calls)], device)
+    for event in sorted(filter(_is_launch, events), key=lambda event: event.time_range.start):
+        found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    return [Kernel(name, len(times) / calls, sum(times) / calls) for name, times in found.items()]
+
+
+def _events(call: Callable[[], object], device: torch.device) -> list[Any]:
+    profile = torch.profiler.profile(activities=profiler_activities(device.type))
+    with _no_kineto_log():
+        profile.start()
+    call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    with _no_kineto_log():
+        profile.stop()
+    return list(profile.events() or ())
 
 
 @contextlib.contextmanager

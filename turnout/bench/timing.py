@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -31,6 +32,18 @@ def capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
             call(i)
     graph.instantiate()
     return graph
+
+
+def launches(call: Callable[[int], object]) -> int | None:
+    """Kernels, fills and copies of one call, counted as the nodes of its graph; None where no CUDA driver counts."""
+    if torch.version.cuda is None:
+        return None
+    graph, count = capture(call, 1), ctypes.c_size_t()
+    handle = ctypes.c_void_p(graph.raw_cuda_graph())
+    status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(handle, None, ctypes.byref(count))
+    if status != 0:
+        raise RuntimeError(f"the CUDA driver cannot count the nodes of a graph: error {status}")
+    return count.value
 
 
 def graph_times(
