@@ -9,6 +9,7 @@ from turnout.contracts import CatalogueEntry, Contract, contracts
 from turnout.experts.api import experts
 from turnout.integrations.transformers import apply, explain, restore
 from turnout.moe import moe
+from turnout.permutation.api import permute
 from turnout.routing.api import route
 from turnout.spec import ExpertsSpec, RouterSpec
 from turnout.types import ExpertsWeights, Permutation, RouterWeights, Routing, RoutingInputs
@@ -34,6 +35,7 @@ __all__ = [
     "experts",
     "explain",
     "moe",
+    "permute",
     "restore",
     "route",
 ]

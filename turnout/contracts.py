@@ -28,7 +28,11 @@ STRUCTURES = (
     "expert_ids",
     "num_tokens_post_padded",
     "bitmatrix",
+    "permuted_weights",
+    "block_offsets",
+    "block_schedule",
 )
+PADDED_BLOCK_MAP = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
 
 _DTYPE_BY_NAME = {dtype_name: getattr(torch, dtype_name) for dtype_name in (
     "int16", "int32", "uint32", "int64", "float32", "bfloat16", "float16")}  # fmt: skip

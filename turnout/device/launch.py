@@ -1,0 +1,51 @@
+"""Launches at little cost to the host."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+# Compiled kernels, by all that they are specialised on: Triton's own look-up takes longer.
+_compiled: dict[tuple[Any, ...], Any] = {}
+_HERE = contextlib.nullcontext()
+
+
+def launch_kernel(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[torch.Tensor | None, ...],
+    numbers: tuple[int, ...],
+    constants: tuple[Any, ...],
+    num_warps: int,
+) -> None:
+    """Launch a kernel whose arguments are tensors (absent ones None), numbers, constants, in this order.
+
+    The numbers must be among those that the kernel does not specialise on. A kernel seen before is launched on bare
+    addresses, the cheapest way.
+    """
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    # Triton specialises on pointers that are multiples of 16; torch allocates no others, a view may be one.
+    aligned = not any(address is not None and address % 16 for address in addresses)
+    key = (kernel, tensors[0].device, constants, num_warps, *(None if t is None else t.dtype for t in tensors))  # type: ignore[union-attr]
+    known = _compiled.get(key) if aligned else None
+    if known is not None:
+        known[grid](*addresses, *numbers, *constants)
+        return
+    compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+    if aligned and compiled is not None:  # the interpreter returns nothing
+        _compiled[key] = compiled
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the device of the tensor is the current one."""
+    if _device_count() > 1 and tensor.get_device() != torch.accelerator.current_device_index():
+        return torch.accelerator.device_index(tensor.get_device())
+    return _HERE
+
+
+@functools.cache
+def _device_count() -> int:
+    return torch.accelerator.device_count()

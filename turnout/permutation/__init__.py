@@ -1,0 +1,1 @@
+"""Permutation: the slots of a routing in the order of their experts."""

@@ -1,0 +1,92 @@
+"""The operator ``turnout::permute``, as torch's dispatcher, compiler and export see it.
+
+Its results are those structures that the contract asks for, in the order of `turnout.Permutation`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from turnout.contracts import STRUCTURES, Contract
+from turnout.device import SCHEDULE_BLOCK_SIZES
+from turnout.impls import launch_of
+from turnout.types import Permutation
+
+_INPUTS = "Tensor topk_ids, Tensor? topk_weights, int num_experts, str contract, str impl"
+torch.library.define("turnout::permute", f"({_INPUTS}) -> Tensor[]")
+# Not differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
+torch.library.impl("turnout::permute", "Autograd")(torch.library.fallthrough_kernel)
+permute = torch.ops.turnout.permute.default
+
+contract_of = functools.cache(Contract.from_key)
+
+
+@torch.library.impl("turnout::permute", "CompositeExplicitAutograd")
+def _permute(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int, contract: str, impl: str
+) -> list[torch.Tensor]:
+    declared = contract_of(contract)
+    buffers = allocate(topk_ids, topk_ids.shape[1], num_experts, declared)
+    launch_of("permutation", impl)(topk_ids, topk_weights, num_experts, declared, permutation_of(buffers, declared))
+    return buffers
+
+
+@torch.library.register_fake("turnout::permute")
+def _permute_fake(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int, contract: str, impl: str
+) -> list[torch.Tensor]:
+    return allocate(topk_ids, topk_ids.shape[1], num_experts, contract_of(contract))
+
+
+@functools.cache
+def asked_for(structures: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in the order of `turnout.Permutation`."""
+    return tuple(name for name in STRUCTURES if name in structures)
+
+
+def permutation_of(buffers: list[torch.Tensor], contract: Contract) -> Permutation:
+    """The operator's results, by name."""
+    return Permutation(**dict(zip(asked_for(contract.structures), buffers, strict=True)))
+
+
+def max_blocks(num_slots: int, num_experts: int, block_size: int) -> int:
+    """Blocks of one expert each that so many slots fill at most."""
+    return (num_slots + torch.sym_min(num_slots, num_experts) * (block_size - 1)) // block_size  # type: ignore[no-any-return]
+
+
+def allocate(beside: torch.Tensor, top_k: int, num_experts: int, contract: Contract) -> list[torch.Tensor]:
+    """Buffers for what the contract asks for, where ``beside`` [T, any] lies, in the order of `turnout.Permutation`."""
+    num_tokens, device = beside.shape[0], beside.device
+    num_slots, block_size = num_tokens * top_k, contract.block_size or 1
+    buffers = []
+    for name in asked_for(contract.structures):
+        dtype = contract.structures_dtype
+        shape: tuple[int, ...]
+        match name:
+            case "tokens_per_expert":
+                shape = (num_experts,)
+            case "expert_offsets":
+                shape = (num_experts + 1,)
+            case "permuted_idx":
+                shape = (num_slots,)
+            case "inv_permuted_idx":
+                shape = (num_tokens, top_k)
+            case "sorted_token_ids":
+                shape = (max_blocks(num_slots, num_experts, block_size) * block_size,)
+            case "expert_ids":
+                shape = (max_blocks(num_slots, num_experts, block_size),)
+            case "num_tokens_post_padded":
+                shape = (1,)
+            case "bitmatrix":
+                shape, dtype = (num_tokens, -(-num_experts // 32)), torch.uint32
+            case "permuted_weights":
+                shape, dtype = (num_slots,), contract.weights_dtype
+            case "block_offsets":
+                shape = (len(SCHEDULE_BLOCK_SIZES), num_experts + 1)
+            case "block_schedule":
+                shape = (len(SCHEDULE_BLOCK_SIZES), max_blocks(num_slots, num_experts, SCHEDULE_BLOCK_SIZES[0]))
+        strides = (shape[1], 1) if len(shape) == 2 else (1,)
+        buffers.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+    return buffers

@@ -1,0 +1,307 @@
+"""Permutation in Triton, for CUDA, ROCm and XPU devices: one launch for few slots, two for many.
+
+For many slots a fixed number of programs each take a run of slots. The first launch counts them per program and expert;
+in the second each program sums those counts to learn where its slots go.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from turnout.contracts import Contract
+from turnout.device import MAX_KERNEL_EXPERTS
+from turnout.device.launch import launch_kernel, on_device_of
+from turnout.device.permute import (
+    MAX_TILE_SLOTS,
+    count_slots,
+    fill,
+    load_experts,
+    max_blocks,
+    of_expert,
+    sort_slots,
+    starts_of,
+    write_bitmatrix,
+    write_expert_structures,
+    write_slot_structures,
+    write_unused,
+)
+from turnout.types import Permutation
+
+# Slots that one program orders, in one launch.
+MAX_SLOTS_OF_ONE_LAUNCH = MAX_TILE_SLOTS
+_BLOCK = tl.constexpr(1024)  # elements that a program fills at once
+_ROWS = tl.constexpr(8)  # rows of the bitmatrix, and of the counts, that a program takes at once
+
+
+@triton.jit
+def permute_in_one_program(
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K] or None
+    tokens_per_expert_ptr,
+    expert_offsets_ptr,
+    permuted_idx_ptr,
+    inv_permuted_idx_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    bitmatrix_ptr,
+    permuted_weights_ptr,
+    block_offsets_ptr,
+    block_schedule_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Order at most BLOCK_S slots whose ids lie in memory, and write what is not None."""
+    program = tl.program_id(0).to(tl.int64)  # 0
+    num_slots = num_tokens.to(tl.int64) * TOP_K
+    experts = load_experts(ids_ptr, tl.arange(0, BLOCK_S), num_slots, NUM_EXPERTS, BLOCK_E)
+    counts = count_slots(experts, BLOCK_E)
+    write_expert_structures(
+        counts, tokens_per_expert_ptr, expert_offsets_ptr, num_tokens_post_padded_ptr, block_offsets_ptr,
+        NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
+    )  # fmt: skip
+    if bitmatrix_ptr is not None:
+        write_bitmatrix(
+            ids_ptr, bitmatrix_ptr, num_tokens, program, 1, NUM_EXPERTS, TOP_K, _ROWS, BLOCK_K
+        )  # fmt: skip
+    if sorted_token_ids_ptr is not None:
+        end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE) * BLOCK_SIZE
+        fill(sorted_token_ids_ptr, num_slots, program, end, program, 1, _BLOCK)
+        tl.debug_barrier()  # slots are written over it
+    write_unused(
+        counts, num_slots, program, 1,
+        permuted_idx_ptr, expert_ids_ptr, permuted_weights_ptr, block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, _BLOCK,
+    )  # fmt: skip
+    experts, slots = sort_slots(experts, BLOCK_S)
+    write_slot_structures(
+        experts, slots.to(tl.int64), tl.arange(0, BLOCK_S), counts, num_slots, weights_ptr,
+        permuted_idx_ptr, inv_permuted_idx_ptr, sorted_token_ids_ptr, expert_ids_ptr, permuted_weights_ptr,
+        block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _permute_kernel(
+    ids_ptr,
+    weights_ptr,
+    tokens_per_expert_ptr,
+    expert_offsets_ptr,
+    permuted_idx_ptr,
+    inv_permuted_idx_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    bitmatrix_ptr,
+    permuted_weights_ptr,
+    block_offsets_ptr,
+    block_schedule_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid: (1,)."""
+    permute_in_one_program(
+        ids_ptr, weights_ptr, tokens_per_expert_ptr, expert_offsets_ptr, permuted_idx_ptr, inv_permuted_idx_ptr,
+        sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, bitmatrix_ptr, permuted_weights_ptr,
+        block_offsets_ptr, block_schedule_ptr, num_tokens, NUM_EXPERTS, TOP_K, BLOCK_SIZE, BLOCK_S, BLOCK_E, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens", "run"])
+def _count_kernel(
+    ids_ptr,  # [T, K]
+    counts_ptr,  # [programs, E] int32
+    sorted_token_ids_ptr,
+    bitmatrix_ptr,
+    num_tokens,
+    run,  # slots of a program, a multiple of BLOCK_S
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid: (programs,). Each program counts its run of slots, and writes what needs no order."""
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    num_slots = num_tokens.to(tl.int64) * TOP_K
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(program * run, tl.minimum((program + 1) * run, num_slots), BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        counts += count_slots(load_experts(ids_ptr, slots, num_slots, NUM_EXPERTS, BLOCK_E), BLOCK_E)
+    experts = tl.arange(0, BLOCK_E)
+    tl.store(counts_ptr + program * NUM_EXPERTS + experts, counts, mask=experts < NUM_EXPERTS)
+    if sorted_token_ids_ptr is not None:
+        end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE) * BLOCK_SIZE
+        fill(sorted_token_ids_ptr, num_slots, 0, end, program, programs, _BLOCK)
+    if bitmatrix_ptr is not None:
+        write_bitmatrix(
+            ids_ptr, bitmatrix_ptr, num_tokens, program, programs, NUM_EXPERTS, TOP_K, _ROWS, BLOCK_K
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens", "run"])
+def _place_kernel(
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K] or None
+    counts_ptr,  # [programs, E] int32
+    tokens_per_expert_ptr,
+    expert_offsets_ptr,
+    permuted_idx_ptr,
+    inv_permuted_idx_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    permuted_weights_ptr,
+    block_offsets_ptr,
+    block_schedule_ptr,
+    num_tokens,
+    run,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Grid: (programs,), after `_count_kernel` on the same grid. Each program places its run of slots."""
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    num_slots = num_tokens.to(tl.int64) * TOP_K
+    columns = tl.arange(0, BLOCK_E)[None, :]
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)  # slots of programs before this one
+    for start in range(0, programs, _ROWS):
+        rows = start + tl.arange(0, _ROWS)[:, None]
+        is_count = (rows < programs) & (columns < NUM_EXPERTS)
+        tile = tl.load(counts_ptr + rows * NUM_EXPERTS + columns, mask=is_count, other=0)
+        counts += tl.sum(tile, axis=0)
+        before += tl.sum(tl.where(rows < program, tile, 0), axis=0)
+    if program == 0:
+        write_expert_structures(
+            counts, tokens_per_expert_ptr, expert_offsets_ptr, num_tokens_post_padded_ptr, block_offsets_ptr,
+            NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
+        )  # fmt: skip
+    write_unused(
+        counts, num_slots, program, programs,
+        permuted_idx_ptr, expert_ids_ptr, permuted_weights_ptr, block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, _BLOCK,
+    )  # fmt: skip
+    next_positions = starts_of(counts) + before
+    for start in range(program * run, tl.minimum((program + 1) * run, num_slots), BLOCK_S):
+        slots = start + tl.arange(0, BLOCK_S)
+        experts = load_experts(ids_ptr, slots, num_slots, NUM_EXPERTS, BLOCK_E)
+        in_tile = count_slots(experts, BLOCK_E)
+        experts, slots = sort_slots(experts, BLOCK_S)
+        # A sorted slot stands as far behind the tile's first of its expert as that expert's next position asks.
+        positions = of_expert(next_positions - starts_of(in_tile), experts, BLOCK_E) + tl.arange(0, BLOCK_S)
+        write_slot_structures(
+            experts, start + slots, positions, counts, num_slots, weights_ptr,
+            permuted_idx_ptr, inv_permuted_idx_ptr, sorted_token_ids_ptr, expert_ids_ptr, permuted_weights_ptr,
+            block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
+        )  # fmt: skip
+        next_positions += in_tile
+
+
+class Shares(NamedTuple):
+    """How slots are shared out."""
+
+    programs: int
+    run: int  # slots of a program, in tiles
+    tile: int  # slots that are sorted together
+    num_warps: int
+
+
+def share_out(num_slots: int, num_experts: int) -> Shares:
+    """Tiles of 512 slots, over as many programs as keep the matrix of counts, which each program reads, small."""
+    tile = 512
+    tiles = -(-num_slots // tile)
+    most = max(32, min(256, 32768 // num_experts))
+    tiles_of_one = -(-tiles // most)
+    return Shares(-(-tiles // tiles_of_one), tiles_of_one * tile, tile, 4)
+
+
+def tile_of_one_launch(num_slots: int) -> tuple[int, int]:
+    """Slots of the tile, with which a program orders all of them, and its warps: no two threads hold one slot."""
+    tile = max(32, _next_power_of_2(num_slots))
+    return tile, min(8, tile // 32)
+
+
+_next_power_of_2 = functools.cache(triton.next_power_of_2)
+
+
+def experts_of_tile(num_experts: int) -> int:
+    """The width of what a program holds of all experts; itself the number of no expert."""
+    return max(32, int(_next_power_of_2(num_experts)))
+
+
+def launch(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    num_experts: int,
+    contract: Contract,
+    permutation: Permutation,
+) -> None:
+    """Write the structures whose buffers are there, in at most two launches."""
+    _check_support(topk_ids, num_experts)
+    with on_device_of(topk_ids):
+        if topk_ids.shape[0] * topk_ids.shape[1] <= MAX_SLOTS_OF_ONE_LAUNCH:
+            _launch_one(topk_ids, topk_weights, num_experts, contract, permutation)
+        else:
+            _launch_two(topk_ids, topk_weights, num_experts, contract, permutation)
+
+
+def _launch_one(
+    ids: torch.Tensor, weights: torch.Tensor | None, num_experts: int, contract: Contract, permutation: Permutation
+) -> None:
+    num_tokens, top_k = ids.shape
+    tile, num_warps = tile_of_one_launch(num_tokens * top_k)
+    constants = (
+        num_experts, top_k, contract.block_size or 1, tile, experts_of_tile(num_experts), _next_power_of_2(top_k)
+    )  # fmt: skip
+    launch_kernel(
+        _permute_kernel, (1, 1, 1), (ids, weights, *permutation), (num_tokens,), constants, num_warps
+    )  # fmt: skip
+
+
+def _launch_two(
+    ids: torch.Tensor, weights: torch.Tensor | None, num_experts: int, contract: Contract, permutation: Permutation
+) -> None:
+    num_tokens, top_k = ids.shape
+    shares = share_out(num_tokens * top_k, num_experts)
+    grid, numbers = (shares.programs, 1, 1), (num_tokens, shares.run)
+    counts = torch.empty_strided(
+        (shares.programs, num_experts), (num_experts, 1), dtype=torch.int32, device=ids.device
+    )  # fmt: skip
+    constants = (num_experts, top_k, contract.block_size or 1, shares.tile, experts_of_tile(num_experts))
+    tensors = (ids, counts, permutation.sorted_token_ids, permutation.bitmatrix)
+    launch_kernel(_count_kernel, grid, tensors, numbers, (*constants, _next_power_of_2(top_k)), shares.num_warps)
+    written = permutation._replace(bitmatrix=None)
+    placed = [buffer for name, buffer in zip(written._fields, written, strict=True) if name != "bitmatrix"]
+    launch_kernel(_place_kernel, grid, (ids, weights, counts, *placed), numbers, constants, shares.num_warps)
+
+
+def _check_support(topk_ids: torch.Tensor, num_experts: int) -> None:
+    if topk_ids.is_cpu and isinstance(_permute_kernel, triton.JITFunction):
+        raise ValueError(
+            "impl='triton' needs ids on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
+            "before the first call to run the kernel in Triton's interpreter"
+        )
+    if num_experts > MAX_KERNEL_EXPERTS:
+        raise ValueError(
+            f"impl='triton' permutes among at most {MAX_KERNEL_EXPERTS} experts, got {num_experts}; "
+            "use impl='reference'"
+        )
