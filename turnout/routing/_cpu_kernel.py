@@ -13,7 +13,7 @@ _BF16, _FP16 = 1, 2  # codes of the dtypes; 0 is float32
 
 
 @intrinsic
-def _pointer(typingctx, address):
+def pointer(typingctx, address):
     """An address as the pointer that ``carray`` takes."""
 
     def codegen(context, builder, signature, args):
@@ -187,17 +187,17 @@ def route_rows(
     """Route rows first_row to end_row; addresses of absent tensors are 0."""
     rows = max(0, end_row - 1)
     num_logits = rows * row_stride + num_experts
-    logits = carray(_pointer(logits_address), num_logits, np.float32)
-    half_logits = carray(_pointer(logits_address), num_logits, np.uint16)
-    scale = carray(_pointer(scale_address), num_experts, np.float32)
-    half_scale = carray(_pointer(scale_address), num_experts, np.uint16)
-    is_padding = carray(_pointer(padding_address), end_row, np.bool_)
-    num_valid = carray(_pointer(valid_address), 1, np.int32)
-    weights = carray(_pointer(weights_address), end_row * top_k, np.float32)
-    half_weights = carray(_pointer(weights_address), end_row * top_k, np.uint16)
-    ids16 = carray(_pointer(ids_address), end_row * top_k, np.int16)
-    ids32 = carray(_pointer(ids_address), end_row * top_k, np.int32)
-    ids64 = carray(_pointer(ids_address), end_row * top_k, np.int64)
+    logits = carray(pointer(logits_address), num_logits, np.float32)
+    half_logits = carray(pointer(logits_address), num_logits, np.uint16)
+    scale = carray(pointer(scale_address), num_experts, np.float32)
+    half_scale = carray(pointer(scale_address), num_experts, np.uint16)
+    is_padding = carray(pointer(padding_address), end_row, np.bool_)
+    num_valid = carray(pointer(valid_address), 1, np.int32)
+    weights = carray(pointer(weights_address), end_row * top_k, np.float32)
+    half_weights = carray(pointer(weights_address), end_row * top_k, np.uint16)
+    ids16 = carray(pointer(ids_address), end_row * top_k, np.int16)
+    ids32 = carray(pointer(ids_address), end_row * top_k, np.int32)
+    ids64 = carray(pointer(ids_address), end_row * top_k, np.int64)
     topk_keys = np.empty(top_k, np.int64)
     topk_ids = np.empty(top_k, np.int64)
     mass = np.empty(top_k, np.float32)
