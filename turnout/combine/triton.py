@@ -14,10 +14,12 @@ def _combine_kernel(
     expert_out_ptr,  # [rows, H], rows row_stride apart
     topk_weights_ptr,  # [T, K]
     inv_permuted_ptr,  # [T, K] or None
+    ids_ptr,  # [T, K] or None: slots whose id is no expert are skipped
     out_ptr,  # [T, H]
     row_stride,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Grid: (T, ceil(H / BLOCK_H)). Each program sums BLOCK_H columns of one token's K rows."""
@@ -30,6 +32,9 @@ def _combine_kernel(
         weight = widened(tl.load(topk_weights_ptr + slot))
         row = slot if inv_permuted_ptr is None else tl.load(inv_permuted_ptr + slot).to(tl.int64)
         is_slot = (row >= 0) & (weight != 0.0)
+        if ids_ptr is not None:
+            expert = tl.load(ids_ptr + slot).to(tl.int64)
+            is_slot = is_slot & (expert >= 0) & (expert < NUM_EXPERTS)
         values = tl.load(expert_out_ptr + row * row_stride + columns, mask=is_column & is_slot, other=0.0)
         total += tl.where(is_slot, weight * widened(values), 0.0)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -40,11 +45,29 @@ def launch(
     expert_out: torch.Tensor, topk_weights: torch.Tensor, inv_permuted_idx: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """Combine ``expert_out`` [rows, H] into ``out`` [T, H] with one launch."""
+    _launch(expert_out, topk_weights, inv_permuted_idx, None, 0, out)
+
+
+def launch_slots(
+    expert_out: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, out: torch.Tensor
+) -> None:
+    """Combine the slots [S, H] whose id is an expert, for implementations that leave the other rows unwritten."""
+    _launch(expert_out, topk_weights, None, topk_ids, num_experts, out)
+
+
+def _launch(
+    expert_out: torch.Tensor,
+    topk_weights: torch.Tensor,
+    inv_permuted_idx: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
+    num_experts: int,
+    out: torch.Tensor,
+) -> None:
     num_tokens, hidden_size = out.shape
     if num_tokens == 0:
         return
     block = min(1024, triton.next_power_of_2(hidden_size))
     _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
-        expert_out, topk_weights, inv_permuted_idx, out,
-        expert_out.stride(0), hidden_size, topk_weights.shape[1], block, num_warps=4,
+        expert_out, topk_weights, inv_permuted_idx, topk_ids, out,
+        expert_out.stride(0), hidden_size, topk_weights.shape[1], num_experts, block, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,192 @@
+"""Experts for few tokens: two Triton launches that read the weights of each slot's expert once, at the rate of memory.
+
+Every slot is computed on its own, in an order that only the sizes of the weights decide: a row's bits do not depend on
+its batch. Where many tokens share experts, ``grouped`` reads less.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from turnout.device.activation import activated
+from turnout.device.launch import launch_kernel, on_device_of
+from turnout.device.rounding import narrowed, widened
+from turnout.spec import ExpertsSpec
+from turnout.types import ExpertsWeights, Routing
+
+
+@triton.jit
+def _experts_gate_up_kernel(
+    hidden_ptr,  # [T, H], rows HIDDEN_STRIDE apart
+    weight_ptr,  # [E, 2I, H], or [E, H, 2I] if TRANSPOSED
+    bias_ptr,  # [E, 2I] or None
+    ids_ptr,  # [S]
+    activated_ptr,  # [S, I]
+    HIDDEN_STRIDE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Grid: (S, ceil(I / BLOCK_ROWS)). Each program computes BLOCK_ROWS activated values of one slot."""
+    slot = tl.program_id(0).to(tl.int64)
+    expert = tl.load(ids_ptr + slot).to(tl.int64)
+    if (expert < 0) | (expert >= NUM_EXPERTS):
+        return
+    i = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = i < INTERMEDIATE
+    gate_row = i * 2 if INTERLEAVED else i
+    up_row = gate_row + 1 if INTERLEAVED else gate_row + INTERMEDIATE
+    ROW: tl.constexpr = 1 if TRANSPOSED else HIDDEN
+    COLUMN: tl.constexpr = 2 * INTERMEDIATE if TRANSPOSED else 1
+    hidden_ptr += (slot // TOP_K) * HIDDEN_STRIDE
+    weight_ptr += expert * (2 * INTERMEDIATE * HIDDEN)
+    gate_ptrs = weight_ptr + gate_row[:, None] * ROW
+    up_ptrs = weight_ptr + up_row[:, None] * ROW
+
+    # Lanes keep their own sums until the end: one reduction, and every load of the row in flight at once.
+    gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for start in tl.static_range(0, HIDDEN, BLOCK_COLUMNS):
+        h = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = is_row[:, None] & (h < HIDDEN)[None, :]
+        hidden = widened(tl.load(hidden_ptr + h, mask=h < HIDDEN, other=0.0))[None, :]
+        gate += widened(tl.load(gate_ptrs + h[None, :] * COLUMN, mask=mask, other=0.0)) * hidden
+        up += widened(tl.load(up_ptrs + h[None, :] * COLUMN, mask=mask, other=0.0)) * hidden
+    gate = tl.sum(gate, axis=1)
+    up = tl.sum(up, axis=1)
+    if bias_ptr is not None:
+        bias_ptr += expert * (2 * INTERMEDIATE)
+        gate += widened(tl.load(bias_ptr + gate_row, mask=is_row, other=0.0))
+        up += widened(tl.load(bias_ptr + up_row, mask=is_row, other=0.0))
+    values = activated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
+    DTYPE: tl.constexpr = activated_ptr.dtype.element_ty
+    tl.store(activated_ptr + slot * INTERMEDIATE + i, narrowed(values, DTYPE), mask=is_row)
+
+
+@triton.jit
+def _experts_down_kernel(
+    activated_ptr,  # [S, I]
+    weight_ptr,  # [E, H, I], or [E, I, H] if TRANSPOSED
+    bias_ptr,  # [E, H] or None
+    ids_ptr,  # [S]
+    topk_weights_ptr,  # [S]
+    out_ptr,  # [T, H]
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,  # experts whose loads are in flight at once
+):
+    """Grid: (T, ceil(H / BLOCK_ROWS)). Each program computes BLOCK_ROWS outputs of one token from all its experts."""
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = h < HIDDEN
+    ROW: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
+    COLUMN: tl.constexpr = HIDDEN if TRANSPOSED else 1
+    row_ptrs = weight_ptr + h[:, None] * ROW
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    biases = tl.zeros([BLOCK_ROWS], tl.float32)
+    for first in range(0, TOP_K, UNROLL):
+        for k in tl.static_range(UNROLL):
+            slot = token * TOP_K + first + k
+            is_slot = first + k < TOP_K
+            expert = tl.load(ids_ptr + slot, mask=is_slot, other=0).to(tl.int64)
+            topk_weight = widened(tl.load(topk_weights_ptr + slot, mask=is_slot, other=0.0))
+            # What does not count is not read: it may be NaN.
+            is_slot = (expert >= 0) & (expert < NUM_EXPERTS) & (topk_weight != 0.0)
+            expert = tl.where(is_slot, expert, 0)
+            for start in tl.static_range(0, INTERMEDIATE, BLOCK_COLUMNS):
+                i = start + tl.arange(0, BLOCK_COLUMNS)
+                is_column = (i < INTERMEDIATE) & is_slot
+                values = widened(tl.load(activated_ptr + slot * INTERMEDIATE + i, mask=is_column, other=0.0))
+                weight = tl.load(
+                    row_ptrs + expert * (HIDDEN * INTERMEDIATE) + i[None, :] * COLUMN,
+                    mask=is_row[:, None] & is_column[None, :],
+                    other=0.0,
+                )
+                total += tl.where(is_slot, widened(weight) * (topk_weight * values)[None, :], 0.0)
+            if bias_ptr is not None:
+                bias = widened(tl.load(bias_ptr + expert * HIDDEN + h, mask=is_row & is_slot, other=0.0))
+                biases += tl.where(is_slot, topk_weight * bias, 0.0)
+    out = tl.sum(total, axis=1) + biases
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + token * HIDDEN + h, narrowed(out, DTYPE), mask=is_row)
+
+
+class Tile(NamedTuple):
+    """Rows of a weight that a program multiplies, and columns that it takes at a time."""
+
+    rows: int
+    columns: int
+
+
+NUM_WARPS = 4
+
+
+def choose_tile(num_columns: int, transposed: bool, most_columns: int, elements: int) -> Tile:
+    """The fastest tile on an H100 (benchmarks/results): a row whole, as far as the registers hold it.
+
+    Of transposed weights, whose rows are what lies together, a square.
+    """
+    if transposed:
+        return Tile(64, 64)
+    columns = min(most_columns, max(32, triton.next_power_of_2(num_columns)))
+    return Tile(elements // columns, columns)
+
+
+def launch(
+    hidden_states: torch.Tensor, weights: ExpertsWeights, routing: Routing, spec: ExpertsSpec, out: torch.Tensor
+) -> None:
+    """Run the experts of every token into ``out`` with two launches."""
+    num_tokens, hidden_size = hidden_states.shape
+    if hidden_states.is_cpu and isinstance(_experts_gate_up_kernel, triton.JITFunction):
+        raise ValueError(
+            "impl='triton' needs tokens on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
+            "before the first call to run the kernels in Triton's interpreter"
+        )
+    if num_tokens == 0:
+        return
+    num_experts, top_k = weights.down_proj.shape[0], routing.topk_ids.shape[1]
+    intermediate_size = weights.down_proj.shape[1 if spec.transposed else 2]
+    values = torch.empty_strided(
+        (num_tokens * top_k, intermediate_size), (intermediate_size, 1),
+        dtype=hidden_states.dtype, device=hidden_states.device,
+    )  # fmt: skip
+    sizes = (top_k, num_experts, hidden_size, intermediate_size, spec.transposed)
+    activation = (spec.activation, spec.activation_alpha, spec.activation_limit, spec.up_offset)
+    with on_device_of(hidden_states):
+        tile = choose_tile(hidden_size, spec.transposed, 4096, 4096)
+        launch_kernel(
+            _experts_gate_up_kernel,
+            (num_tokens * top_k, triton.cdiv(intermediate_size, tile.rows), 1),
+            (hidden_states, weights.gate_up_proj, weights.gate_up_bias, routing.topk_ids, values),
+            (),
+            (hidden_states.stride(0), *sizes, spec.interleaved, *activation, *tile),
+            NUM_WARPS,
+        )
+        tile = choose_tile(intermediate_size, spec.transposed, 1024, 2048)
+        unroll = max(1, min(triton.next_power_of_2(top_k), 16 * tile.columns // intermediate_size))
+        launch_kernel(
+            _experts_down_kernel,
+            (num_tokens, triton.cdiv(hidden_size, tile.rows), 1),
+            (values, weights.down_proj, weights.down_bias, routing.topk_ids, routing.topk_weights, out),
+            (),
+            (*sizes, *tile, unroll),
+            NUM_WARPS,
+        )
