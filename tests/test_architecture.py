@@ -12,7 +12,7 @@ PACKAGE = Path(turnout.__file__).parent
 PROJECT = PACKAGE.parent
 ROOMS = ("routing", "permutation", "experts", "combine", "remap")
 # Implementations by kind: one that spans stations builds on its own kind in the stations before and after.
-KINDS = {"reference": "reference", "cpu": "cpu", "triton": "triton", "grouped": "triton", "grouped_mm": "triton"}
+KINDS = {"reference": "reference", "cpu": "cpu", "triton": "triton", "grouped": "triton"}
 
 # From the bottom up: a module imports from its own layer and those below. "" is the package itself: what
 # lies above it uses turnout as its users do.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from turnout._version import __version__
-from turnout.contracts import CatalogueEntry, Contract
+from turnout.contracts import PADDED_BLOCK_MAP, CatalogueEntry, Contract
 
 IDS_AND_WEIGHTS = Contract(sentinel=-1)
+BLOCKS = Contract(sentinel=-1, structures=PADDED_BLOCK_MAP)
 
 
 def _own(impl: str, contract: Contract, reads: str) -> CatalogueEntry:
@@ -26,6 +27,5 @@ OWN_ENTRIES = (
     _own("reference", IDS_AND_WEIGHTS, "Finds the slots of each expert in the ids."),
     _own("cpu", IDS_AND_WEIGHTS, "Counts and orders the ids itself."),
     _own("triton", IDS_AND_WEIGHTS, "Reads the id and the weight of each slot, and no structure."),
-    _own("grouped", IDS_AND_WEIGHTS, "Computes what it needs from the ids."),
-    _own("grouped_mm", IDS_AND_WEIGHTS, "Computes what it needs from the ids."),
+    _own("grouped", BLOCKS, "Takes the slots in blocks of one expert each; how large they are, its tuning says."),
 )

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from turnout.contracts import contracts
-from turnout.experts.api import IMPLS, choose_impl, experts
+from turnout.experts.api import IMPLS, choose_impl, contract_of, experts
 from turnout.impls import check_impl
 from turnout.router import project
 from turnout.routing.api import route
 from turnout.spec import ExpertsSpec, RouterSpec
 from turnout.types import ExpertsWeights, RouterWeights, RoutingInputs
-
-# What each implementation of the experts reads, and thus what the routing launch writes.
-CONTRACTS = {impl: contracts[f"turnout.experts.{impl}"] for impl in IMPLS}
 
 
 def moe(
@@ -49,10 +45,11 @@ def moe(
         ValueError, TypeError, NotImplementedError: as the stations `turnout.route` and `turnout.experts`.
     """
     if impl == "auto":
-        impl = choose_impl(hidden_states, batch_invariant).impl
+        impl = choose_impl(hidden_states, router_spec.top_k, router_spec.num_experts, batch_invariant).impl
     else:
         check_impl(impl, IMPLS)
     routed_states = None if inputs is None else inputs.router_hidden_states
     router_logits = project(hidden_states if routed_states is None else routed_states, router, router_spec)
-    routing = route(router_logits, router_spec, CONTRACTS[impl], inputs)
+    contract = contract_of(impl, hidden_states.shape[0] * router_spec.top_k, router_spec.num_experts)
+    routing = route(router_logits, router_spec, contract, inputs)
     return experts(hidden_states, weights, routing, experts_spec, impl=impl, batch_invariant=batch_invariant)

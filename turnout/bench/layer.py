@@ -18,9 +18,8 @@ from turnout.bench.layer_check import Expected, expected_output
 from turnout.bench.layer_peers import Call, Vllm, nearest_tuned_file, transformers_variant, tuned_config
 from turnout.bench.profile import kernels
 from turnout.bench.timing import graph_times, launches
-from turnout.experts.api import IMPLS, choose_impl, experts
+from turnout.experts.api import IMPLS, choose_impl, contract_of, experts
 from turnout.machine import accelerator, environment
-from turnout.moe import CONTRACTS
 from turnout.routing.api import route
 from turnout.types import RoutingInputs
 
@@ -174,14 +173,16 @@ def turnout_variant(case: Case, impl: str) -> Call:
     """The last four stations of `turnout.moe`: it has no router's projection here."""
     if impl != "auto" and importlib.util.find_spec(f"turnout.experts.{impl}") is None:
         raise ImportError(f"turnout has no implementation {impl} of the experts")
-    if impl == "auto":
-        impl = choose_impl(case.hidden_states[0]).impl
     router_spec, experts_spec = case.geometry.router_spec, case.geometry.experts_spec
+    top_k, num_experts = router_spec.top_k, router_spec.num_experts
+    if impl == "auto":
+        impl = choose_impl(case.hidden_states[0], top_k, num_experts).impl
+    contract = contract_of(impl, case.num_tokens * top_k, num_experts)
     inputs = [RoutingInputs(per_expert_scale=scale) for _, scale in case.layers]
 
     def call(i: int) -> torch.Tensor:
         hidden_states, router_logits, weights, _ = case.at(i)
-        routing = route(router_logits, router_spec, CONTRACTS[impl], inputs[i % len(inputs)])
+        routing = route(router_logits, router_spec, contract, inputs[i % len(inputs)])
         return experts(hidden_states, weights, routing, experts_spec, impl=impl)
 
     return call

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import torch
 
-from turnout.contracts import IDS_DTYPES, STRUCTURES, STRUCTURES_DTYPES, WEIGHTS_DTYPES
+from turnout.contracts import IDS_DTYPES, STRUCTURES, STRUCTURES_DTYPES, WEIGHTS_DTYPES, Contract, contracts
 from turnout.experts import ops as _ops  # registers the operators
 from turnout.experts import tuning
 from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tensor
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
 
-IMPLS = ("reference", "cpu", "triton", "grouped", "grouped_mm")
+IMPLS = ("reference", "cpu", "triton", "grouped")
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,8 +41,8 @@ def experts(
             both contiguous. Its structures are used where the implementation reads them, and computed where they
             are missing.
         spec: what the experts compute.
-        impl: ``"auto"``, or one of ``"reference"``, ``"cpu"``, ``"triton"`` (few tokens), ``"grouped"``,
-            ``"grouped_mm"`` (many tokens); a named one runs or raises.
+        impl: ``"auto"``, or one of ``"reference"``, ``"cpu"``, ``"triton"`` (few tokens), ``"grouped"``
+            (many tokens); a named one runs or raises.
         batch_invariant: a row's bits do not depend on the rows beside it, nor on T; ``"auto"`` then
             takes one implementation for every T.
         out: [T, H] of the dtype of ``hidden_states``, contiguous, to write into; not ``hidden_states`` itself.
@@ -64,7 +67,8 @@ def experts(
         )
     check_routing(hidden_states, routing, weights.gate_up_proj.shape[0])
     if impl == "auto":
-        impl = choose_impl(hidden_states, batch_invariant).impl
+        top_k, num_experts = routing.topk_ids.shape[1], weights.gate_up_proj.shape[0]
+        impl = choose_impl(hidden_states, top_k, num_experts, batch_invariant).impl
     else:
         check_impl(impl, IMPLS)
     structures = routing[2:] if any(structure is not None for structure in routing[2:]) else ()
@@ -77,7 +81,7 @@ def experts(
     return out
 
 
-def choose_impl(hidden_states: torch.Tensor, batch_invariant: bool = False) -> Choice:
+def choose_impl(hidden_states: torch.Tensor, top_k: int, num_experts: int, batch_invariant: bool = False) -> Choice:
     """The implementation that ``impl="auto"`` takes for these tokens, and the reason."""
     if hidden_states.is_cpu:
         return Choice("cpu", "tokens on a CPU: GEMMs through torch")
@@ -86,9 +90,25 @@ def choose_impl(hidden_states: torch.Tensor, batch_invariant: bool = False) -> C
         return Choice("reference", f"no kernel for device type {device!r}: plain torch operations")
     if batch_invariant:
         return Choice(tuning.BATCH_INVARIANT_IMPL, "batch_invariant: one implementation for any number of tokens")
-    if hidden_states.shape[0] <= tuning.FEW_TOKENS:
-        return Choice("triton", f"at most {tuning.FEW_TOKENS} tokens on a GPU: two launches, weights read slot by slot")
-    return Choice("grouped", f"more than {tuning.FEW_TOKENS} tokens on a GPU: one GEMM over all experts")
+    if tuning.are_few(hidden_states.shape[0], top_k, num_experts):
+        return Choice("triton", "few tokens on a GPU: two launches, weights read slot by slot")
+    return Choice("grouped", "many tokens on a GPU: grouped GEMMs over the slots of each expert")
+
+
+def contract_of(impl: str, num_slots: int, num_experts: int) -> Contract:
+    """What an implementation reads of so many slots: the contract that lets the routing launch write it.
+
+    Args:
+        impl: one of `IMPLS`.
+        num_slots: T * K.
+        num_experts: E.
+    """
+    return _contract(impl, tuning.block_size(num_slots, num_experts) if impl == "grouped" else None)
+
+
+@functools.cache
+def _contract(impl: str, block_size: int | None) -> Contract:
+    return dataclasses.replace(contracts[f"turnout.experts.{impl}"], block_size=block_size)
 
 
 def check_hidden_states(hidden_states: torch.Tensor) -> None:

@@ -1,9 +1,15 @@
 """Where one implementation of the experts overtakes another; from the records under benchmarks/results."""
 
-# Up to so many tokens a GPU runs "triton", which reads the weights of each slot on its own; "grouped" from there on.
-FEW_TOKENS = 12
 # What batch_invariant=True runs on a GPU for every number of tokens.
 BATCH_INVARIANT_IMPL = "grouped"
+
+
+def are_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether a GPU runs "triton", which reads the weights of each slot on its own, and not "grouped".
+
+    With fewer slots than experts most of them have an expert to themselves (128 experts, 8 per token: up to 12 tokens).
+    """
+    return num_tokens == 1 or num_tokens * top_k <= 0.75 * num_experts
 
 
 def block_size(num_slots: int, num_experts: int) -> int:
