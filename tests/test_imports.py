@@ -12,7 +12,7 @@ import turnout
 HEAVY = ("triton", "transformers", "numba", "matplotlib", "vllm")
 # The modules that are there to use one of them, or are entered by a program that has imported it.
 MAY_IMPORT = {
-    "triton": ("turnout.device.", "turnout.routing.triton"),
+    "triton": ("turnout.device.", "turnout.routing.triton", "turnout.bench.triton"),
     "numba": ("turnout.routing._cpu_kernel",),
 }
 
