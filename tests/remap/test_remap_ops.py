@@ -159,6 +159,7 @@ REFUSED = [
         r"expert_map must be \[any\] of torch.int32, got \[6\] of torch.int64",
     ),
     ("expert_map", lambda x: x.tile(2)[::2], ValueError, r"expert_map must be contiguous, got strides \(2,\)"),
+    ("expert_map", lambda x: x[:0], ValueError, "expert_map must have an entry for each expert of all ranks, got none"),
     ("hidden_states_scales", lambda x: x[:2], ValueError, "hidden_states_scales has 2 rows .* hidden_states 3"),
     ("hidden_states_scales", lambda x: x.half(), ValueError, "hidden_states_scales must be .*, got .* torch.float16"),
     ("hidden_states_scales", lambda x: x.t().contiguous().t(), ValueError, "scales must have contiguous rows"),

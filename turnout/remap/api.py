@@ -83,6 +83,8 @@ def remap_hidden_states(
     beside = ("hidden_states", hidden_states)
     if expert_map is not None:
         check_tensor("expert_map", expert_map, (None,), (torch.int32,), beside)
+        if len(expert_map) == 0:
+            raise ValueError("expert_map must have an entry for each expert of all ranks, got none")
     if hidden_states_scales is not None:
         _check_rows("hidden_states_scales", hidden_states_scales, SCALES_DTYPES)
         if hidden_states_scales.shape[0] != num_tokens or hidden_states_scales.device != hidden_states.device:
