@@ -24,7 +24,7 @@ def _combine_kernel(
 ):
     """Grid: (T, ceil(H / BLOCK_H)). Each program sums BLOCK_H columns of one token's K rows."""
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_column = columns < HIDDEN
     total = tl.zeros([BLOCK_H], tl.float32)
     for k in range(TOP_K):

@@ -33,7 +33,7 @@ def _block_and_tile(num_blocks, NUM_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr
     Programs that run together share GROUP_M blocks, so that a tile of weights is read once for them.
     """
     TILES: tl.constexpr = (NUM_COLUMNS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     first = program // (GROUP_M * TILES) * GROUP_M
     in_group = program % (GROUP_M * TILES)
     blocks = tl.minimum(num_blocks - first, GROUP_M)
@@ -57,12 +57,13 @@ def _weight_tile(
     Rows past the last one may be anything: their products are not stored.
     """
     if IS_DESCRIPTOR:
-        return weight.load([expert * NUM_ROWS + tl.min(rows, axis=0), start]).T
+        row = expert * NUM_ROWS + tl.min(rows, axis=0)
+        return weight.load([row.to(tl.int32), start]).T
     else:
-        columns = start + tl.arange(0, BLOCK_K)
+        columns = start + tl.arange(0, BLOCK_K).to(tl.int64)
         ROW: tl.constexpr = 1 if TRANSPOSED else NUM_COLUMNS
         COLUMN: tl.constexpr = NUM_ROWS if TRANSPOSED else 1
-        weight += expert.to(tl.int64) * (NUM_ROWS * NUM_COLUMNS)
+        weight += expert * (NUM_ROWS * NUM_COLUMNS)
         mask = (rows < NUM_ROWS)[None, :] & (columns < NUM_COLUMNS)[:, None]
         return tl.load(weight + rows[None, :] * ROW + columns[:, None] * COLUMN, mask=mask, other=0.0)
 
@@ -98,7 +99,7 @@ def _grouped_gate_up_kernel(
     block, tile = _block_and_tile(num_blocks, INTERMEDIATE, BLOCK_N, GROUP_M)
     if block * BLOCK_M >= tl.load(num_tokens_post_padded_ptr):
         return
-    expert = tl.load(expert_ids_ptr + block)
+    expert = tl.load(expert_ids_ptr + block).to(tl.int64)
     slots = tl.load(sorted_token_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     is_slot = slots < num_slots
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -121,7 +122,7 @@ def _grouped_gate_up_kernel(
         gate = tl.dot(hidden, gate_weight, gate, input_precision="ieee")
         up = tl.dot(hidden, up_weight, up, input_precision="ieee")
     if bias_ptr is not None:
-        bias_ptr += expert.to(tl.int64) * (2 * INTERMEDIATE)
+        bias_ptr += expert * (2 * INTERMEDIATE)
         gate += widened(tl.load(bias_ptr + gate_row, mask=is_row, other=0.0))[None, :]
         up += widened(tl.load(bias_ptr + up_row, mask=is_row, other=0.0))[None, :]
     values = activated(gate, up, ACTIVATION, ALPHA, LIMIT, UP_OFFSET)
@@ -154,7 +155,7 @@ def _grouped_down_kernel(
     block, tile = _block_and_tile(num_blocks, HIDDEN, BLOCK_N, GROUP_M)
     if block * BLOCK_M >= tl.load(num_tokens_post_padded_ptr):
         return
-    expert = tl.load(expert_ids_ptr + block)
+    expert = tl.load(expert_ids_ptr + block).to(tl.int64)
     slots = tl.load(sorted_token_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     is_slot = slots < num_slots
     h = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -168,7 +169,7 @@ def _grouped_down_kernel(
         weight_tile = _weight_tile(weight, expert, h, start, HIDDEN, INTERMEDIATE, TRANSPOSED, BLOCK_K, IS_DESCRIPTOR)
         out = tl.dot(values, weight_tile, out, input_precision="ieee")
     if bias_ptr is not None:
-        bias_ptr += expert.to(tl.int64) * HIDDEN
+        bias_ptr += expert * HIDDEN
         out += widened(tl.load(bias_ptr + h, mask=is_row, other=0.0))[None, :]
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     ptrs = out_ptr + slots[:, None] * HIDDEN + h[None, :]
@@ -199,6 +200,7 @@ DOWN_TILES = {
     64: Tile(64, 128, 64, 1, 4, 4),
     128: Tile(128, 256, 64, 4, 8, 4),
 }
+EXACT_DEPTH = 16  # float32 products run on no matrix unit: what is summed at a time is unrolled
 
 
 def launch(
@@ -291,9 +293,9 @@ def _launch_down(
 
 
 def _fitted(tile: Tile, num_weights: int, beside: torch.Tensor) -> Tile:
-    """The tile with as many stages as the shared memory holds; half as deep for 32-bit weights."""
+    """The tile with as many stages as the shared memory holds; shallow for float32, which is multiplied exactly."""
     if beside.element_size() == 4:
-        tile = tile._replace(depth=tile.depth // 2)
+        tile = tile._replace(depth=EXACT_DEPTH)
     stage = (tile.rows + num_weights * tile.columns) * tile.depth * beside.element_size()
     return tile._replace(num_stages=max(1, min(tile.num_stages, _shared_memory(beside.get_device()) // stage)))
 

@@ -45,7 +45,7 @@ def _experts_gate_up_kernel(
     expert = tl.load(ids_ptr + slot).to(tl.int64)
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
-    i = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    i = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = i < INTERMEDIATE
     gate_row = i * 2 if INTERLEAVED else i
     up_row = gate_row + 1 if INTERLEAVED else gate_row + INTERMEDIATE
@@ -59,8 +59,8 @@ def _experts_gate_up_kernel(
     # Lanes keep their own sums until the end: one reduction, and every load of the row in flight at once.
     gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for start in tl.static_range(0, HIDDEN, BLOCK_COLUMNS):
-        h = start + tl.arange(0, BLOCK_COLUMNS)
+    for start in range(0, HIDDEN, BLOCK_COLUMNS):
+        h = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
         mask = is_row[:, None] & (h < HIDDEN)[None, :]
         hidden = widened(tl.load(hidden_ptr + h, mask=h < HIDDEN, other=0.0))[None, :]
         gate += widened(tl.load(gate_ptrs + h[None, :] * COLUMN, mask=mask, other=0.0)) * hidden
@@ -95,7 +95,7 @@ def _experts_down_kernel(
 ):
     """Grid: (T, ceil(H / BLOCK_ROWS)). Each program computes BLOCK_ROWS outputs of one token from all its experts."""
     token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    h = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = h < HIDDEN
     ROW: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
     COLUMN: tl.constexpr = HIDDEN if TRANSPOSED else 1
@@ -111,8 +111,8 @@ def _experts_down_kernel(
             # What does not count is not read: it may be NaN.
             is_slot = (expert >= 0) & (expert < NUM_EXPERTS) & (topk_weight != 0.0)
             expert = tl.where(is_slot, expert, 0)
-            for start in tl.static_range(0, INTERMEDIATE, BLOCK_COLUMNS):
-                i = start + tl.arange(0, BLOCK_COLUMNS)
+            for start in range(0, INTERMEDIATE, BLOCK_COLUMNS):
+                i = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
                 is_column = (i < INTERMEDIATE) & is_slot
                 values = widened(tl.load(activated_ptr + slot * INTERMEDIATE + i, mask=is_column, other=0.0))
                 weight = tl.load(
