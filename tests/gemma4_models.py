@@ -49,6 +49,16 @@ def drawn_gpt_oss():
     return transformers.GptOssForCausalLM(config)
 
 
+def drawn_nemotron_h():
+    """One layer, whose experts have no gate."""
+    config = transformers.NemotronHConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, layers_block_type=["moe"], num_attention_heads=2,
+        num_key_value_heads=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    return transformers.NemotronHForCausalLM(config)
+
+
 def routers_of(model):
     return [module for name, module in model.named_modules() if name.endswith("router")]
 
@@ -75,6 +85,11 @@ def logits_of(model, ids):
         return model(ids).logits
 
 
-def states(report):
-    """The states that the layers of a report are in."""
-    return {row.state for row in report}
+def router_states(report):
+    """The states that the routers of a report are in."""
+    return {row.router.state for row in report}
+
+
+def experts_states(report):
+    """The states that the experts of a report are in."""
+    return {row.experts.state for row in report}

@@ -1,93 +1,54 @@
-"""turnout in a loaded transformers model: `apply`, `restore` and `explain`.
+"""turnout in a loaded transformers model: `apply`, `restore` and `explain`; `register` for ``from_pretrained``.
 
-The forward of each supported router is replaced on its instance. Norm, scale and projection stay the model's
-own, so that everything is rounded where the model rounds; softmax, top-k, normalisation and per-expert scale
-become one `turnout.route`, which writes what the experts implementation in force at that call reads.
+Routers get a new forward on the instance, experts another experts implementation, named ``"turnout"``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import re
-import types
-from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from turnout.contracts import Contract, contracts, dtype_name
-from turnout.routing.api import choose_impl, prepare, route_prepared
-from turnout.spec import RouterSpec
+from turnout.contracts import contracts
+from turnout.experts.api import choose_impl as choose_experts_impl
+from turnout.impls import Choice
+from turnout.integrations._transformers_layers import Layer, moe_layers
+from turnout.integrations._transformers_report import Applied, ExpertsReport, LayerReport, RouterReport
+from turnout.routing.api import choose_impl as choose_routing_impl
 
-RouterForward = Callable[[Any, torch.Tensor], tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
+__all__ = ["Applied", "ExpertsReport", "LayerReport", "RouterReport", "apply", "explain", "register", "restore"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterReport:
-    """One Mixture-of-Experts layer of a model.
+def register() -> None:
+    """Make ``experts_implementation="turnout"`` known to transformers, in this process.
 
-    Attributes:
-        path: the router's name in the model.
-        router: the router's class.
-        state: ``"replaced"``, ``"already replaced"``, ``"restored"``, ``"stock"`` or ``"not supported"``.
-        reason: why this contract and impl, or why the router is not replaced.
-        experts_implementation: what transformers runs the experts with now; None for a router not supported.
-        contract_name: the entry of `turnout.contracts` for it; None likewise.
-        contract: what `route` writes for it; None likewise.
-        impl: the implementation of `route` on the router's device; None likewise.
+    Then ``from_pretrained(..., experts_implementation="turnout")`` and ``model.set_experts_implementation("turnout")``
+    run the experts of a model with `turnout.experts`, and leave its routers alone. `apply` does this by itself.
+    Experts that compute what `turnout.ExpertsSpec` does not express raise at their first call.
     """
+    from turnout.integrations import _transformers_experts
 
-    path: str
-    router: str
-    state: str
-    reason: str
-    experts_implementation: str | None = None
-    contract_name: str | None = None
-    contract: Contract | None = None
-    impl: str | None = None
+    _transformers_experts.register()
 
 
-class Applied(tuple[RouterReport, ...]):
-    """One `RouterReport` for each Mixture-of-Experts layer, in the model's order; prints with like layers folded."""
+def apply(model: nn.Module, *, experts: bool = True) -> Applied:
+    """Let turnout route, and run the experts, in every Mixture-of-Experts layer of a loaded model.
 
-    __slots__ = ()
+    Routers: those of Gemma 4. The new forward reads its parameters from the module at each call, and writes what the
+    experts implementation in force at that call reads. The probabilities [T, E] that a stock router returns first are
+    computed only while the router has forward hooks (transformers' output recorders are such hooks), else that item is
+    None. Routers of other families stay.
 
-    def __str__(self) -> str:
-        states = Counter(row.state for row in self)
-        lines = [f"Mixture-of-Experts layers: {', '.join(f'{n} {state}' for state, n in states.items())}"]
-        for row, count in Counter(_without_layer_number(row) for row in self).items():
-            lines += ["", f"{row.path} x {count}", *_lines(row)]
-        return "\n".join(lines)
+    Experts: all those of transformers' experts interface that `turnout.ExpertsSpec` expresses. They are run as
+    transformers runs any: the configuration says ``experts_implementation="turnout"``, in prefill and in decode.
 
-
-def _without_layer_number(row: RouterReport) -> RouterReport:
-    return dataclasses.replace(row, path=re.sub(r"\b\d+\b", "*", row.path))
-
-
-def _lines(row: RouterReport) -> Iterator[str]:
-    yield f"  router    {row.router}: {row.state}"
-    if row.contract is not None:
-        ids, weights = dtype_name(row.contract.ids_dtype), dtype_name(row.contract.weights_dtype)
-        yield f"  experts   {row.experts_implementation}"
-        yield f"  contract  {row.contract_name}: ids {ids}, weights {weights}"
-        yield f"  impl      {row.impl}"
-    yield f"  reason    {row.reason}"
-
-
-def apply(model: nn.Module) -> Applied:
-    """Let turnout route in every Gemma 4 Mixture-of-Experts layer of a loaded model.
-
-    Parameters, state dict and configuration are untouched: a saved model reloads as a stock one. The new forward
-    reads its parameters from the module at each call, and is for inference: it raises where the logits require
-    grad. The probabilities [T, E] that a stock router returns first are computed only while the router has
-    forward hooks (transformers' output recorders are such hooks), else that item is None. A second call changes
-    nothing, unless the router's configuration or the experts' forward did; a compiled model recompiles.
+    Parameters and state dict are untouched: a saved model reloads as a stock one. It is for inference: with gradients
+    on, it raises. A second call changes nothing, unless the model did; a compiled model recompiles.
 
     Args:
-        model: any module that contains Gemma 4 decoder layers, a whole model or a part of one.
+        model: any module that contains Mixture-of-Experts layers, a whole model or a part of one.
+        experts: False leaves the experts as they are, and replaces routers alone.
 
     Returns:
         One row for each layer: what was replaced, with contract, impl and reason. It can be printed.
@@ -95,24 +56,45 @@ def apply(model: nn.Module) -> Applied:
     Raises:
         TypeError: not a ``torch.nn.Module``.
         ValueError: the model has no Mixture-of-Experts layer.
-        NotImplementedError: it has some, but none with a router that turnout replaces yet.
+        NotImplementedError: it has some, but none of which turnout replaces anything.
     """
-    layers = _moe_layers(model)
-    if all(_hindrance(layer) for layer in layers):
+    layers = _examined(model)
+    if all(layer.router_hindrance and (layer.experts_hindrance or not experts) for layer in layers):
+        first = layers[0]
+        why = first.router_hindrance if not experts else f"{first.router_hindrance}; {first.experts_hindrance}"
         raise NotImplementedError(
-            f"turnout.apply cannot replace the routers of this {type(model).__name__}: {_hindrance(layers[0])}. "
-            "turnout.route can be called directly; turnout.explain(model) shows every layer."
+            f"turnout.apply replaces nothing in this {type(model).__name__}: {why}. turnout.route and turnout.experts "
+            "can be called directly; turnout.explain(model) shows every layer."
         )
-    return Applied(_apply(layer) for layer in layers)
+    experts_states = [_experts_state(layer) for layer in layers]
+    if experts and set(experts_states) != {"not supported"}:
+        from turnout.integrations._transformers_experts import replace_experts
+
+        replace_experts(model)
+    after = {"stock": "replaced", "replaced": "already replaced"} if experts else {}
+    return Applied(
+        _report(layer, _apply_router(layer), after.get(state, state))
+        for layer, state in zip(layers, experts_states, strict=True)
+    )
 
 
 def restore(model: nn.Module) -> Applied:
-    """Give every router that `apply` replaced its own forward again; on a stock model nothing changes.
+    """Give every router that `apply` replaced its own forward again, and all experts the implementation before.
+
+    On a stock model nothing changes. An experts implementation that was set after `apply` stays, too.
 
     Raises:
         TypeError, ValueError: as `apply`.
     """
-    return Applied(_restore(layer) for layer in _moe_layers(model))
+    from turnout.integrations._transformers_experts import restore_experts
+
+    layers = _examined(model)
+    states = [(_restore_router(layer), _experts_state(layer)) for layer in layers]
+    restore_experts(model)
+    return Applied(
+        _report(layer, router_state, "restored" if state == "replaced" != _experts_state(layer) else state)
+        for layer, (router_state, state) in zip(layers, states, strict=True)
+    )
 
 
 def explain(model: nn.Module) -> Applied:
@@ -121,190 +103,115 @@ def explain(model: nn.Module) -> Applied:
     Raises:
         TypeError, ValueError: as `apply`.
     """
-    return Applied(_report(layer, _state(layer)) for layer in _moe_layers(model))
+    return Applied(_report(layer, _router_state(layer), _experts_state(layer)) for layer in _examined(model))
 
 
-class _Layer(NamedTuple):
-    """A router and the experts that it serves."""
+class _Examined(NamedTuple):
+    """A layer, and why its parts are not replaced; None where they can be."""
 
-    path: str
-    router: Any
-    experts: Any
-    config: Any
-
-
-def _moe_layers(model: nn.Module) -> list[_Layer]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; load it with from_pretrained")
-    layers = []
-    for path, module in model.named_modules():
-        children = dict(module.named_children())
-        for name in ("router", "gate"):
-            if name in children and "experts" in children:
-                experts = children["experts"]
-                config = getattr(experts, "config", getattr(model, "config", None))
-                layers.append(_Layer(f"{path}.{name}".lstrip("."), children[name], experts, config))
-    if not layers:
-        raise ValueError(
-            f"this {type(model).__name__} has no Mixture-of-Experts layer (a module with `experts` beside a "
-            "`router` or `gate`), so there is no routing to replace; pass a Mixture-of-Experts model"
-        )
-    return layers
+    layer: Layer
+    router_hindrance: str | None
+    experts_hindrance: str | None
 
 
-def _hindrance(layer: _Layer) -> str | None:
-    """Why the router is not replaced; None if it can be."""
-    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
+def _examined(model: nn.Module) -> list[_Examined]:
+    layers = moe_layers(model)
+    from turnout.integrations._transformers_experts import experts_hindrances
+    from turnout.integrations._transformers_router import router_hindrance
 
-    name = type(layer.router).__name__
-    if not isinstance(layer.router, Gemma4TextRouter):
-        return f"router class {name} is not replaced yet; {_known_spec(layer.config)}"
-    if type(layer.router).forward is not Gemma4TextRouter.forward:
-        return f"{name} has a forward of its own, which need not compute what Gemma4TextRouter does"
-    if _has_foreign_forward(layer.router):
-        return "another tool has set a forward on this instance; apply turnout before it"
-    return None
+    hindrances = experts_hindrances([layer.experts for layer in layers])
+    return [_Examined(layer, router_hindrance(layer), each) for layer, each in zip(layers, hindrances, strict=True)]
 
 
-def _known_spec(config: Any) -> str:
-    try:
-        return f"what it computes is known: {RouterSpec.from_config(config)}"
-    except ValueError:
-        return "no RouterSpec is known for it either"
+def _router_state(examined: _Examined) -> str:
+    from turnout.integrations._transformers_router import is_router_replaced
 
-
-def _apply(layer: _Layer) -> RouterReport:
-    if _hindrance(layer):
-        return _report(layer, "not supported")
-    forward = _router_forward(RouterSpec.from_config(layer.config), _are_experts_wrapped(layer.experts))
-    if getattr(_instance_forward(layer.router), "__func__", None) is forward:
-        return _report(layer, "already replaced")
-    setattr(layer.router, _forward_attribute(layer.router), types.MethodType(forward, layer.router))
-    return _report(layer, "replaced")
-
-
-def _restore(layer: _Layer) -> RouterReport:
-    state = _state(layer)
-    if state != "replaced":
-        return _report(layer, state)
-    attribute = _forward_attribute(layer.router)
-    if attribute == "forward":
-        del layer.router.forward
-    else:
-        setattr(layer.router, attribute, types.MethodType(type(layer.router).forward, layer.router))
-    return _report(layer, "restored")
-
-
-def _state(layer: _Layer) -> str:
-    if _hindrance(layer):
+    if examined.router_hindrance:
         return "not supported"
-    return "replaced" if _is_ours(_instance_forward(layer.router)) else "stock"
+    return "replaced" if is_router_replaced(examined.layer.router) else "stock"
 
 
-def _report(layer: _Layer, state: str) -> RouterReport:
-    row = RouterReport(path=layer.path, router=type(layer.router).__name__, state=state, reason="")
-    hindrance = _hindrance(layer)
-    if hindrance:
-        return dataclasses.replace(row, reason=hindrance)
-    weight = layer.router.proj.weight
-    implementation = layer.config._experts_implementation
-    consumer = _consumer(implementation, weight.device.type, _are_experts_wrapped(layer.experts))
-    choice = choose_impl(weight, weight.shape[0])
-    return dataclasses.replace(
-        row,
+def _apply_router(examined: _Examined) -> str:
+    from turnout.integrations._transformers_router import replace_router
+
+    return "not supported" if examined.router_hindrance else replace_router(examined.layer)
+
+
+def _restore_router(examined: _Examined) -> str:
+    from turnout.integrations._transformers_router import restore_router
+
+    state = _router_state(examined)
+    if state != "replaced":
+        return state
+    restore_router(examined.layer.router)
+    return "restored"
+
+
+def _experts_state(examined: _Examined) -> str:
+    from turnout.integrations._transformers_experts import is_implementation_of
+
+    if examined.experts_hindrance:
+        return "not supported"
+    return "replaced" if is_implementation_of(examined.layer.experts) else "stock"
+
+
+def _report(examined: _Examined, router_state: str, experts_state: str) -> LayerReport:
+    return LayerReport(
+        path=examined.layer.path,
+        router=_router_report(examined, router_state),
+        experts=_experts_report(examined, experts_state),
+    )
+
+
+def _router_report(examined: _Examined, state: str) -> RouterReport:
+    from turnout.integrations._transformers_experts import NAME
+    from turnout.integrations._transformers_router import are_experts_wrapped, consumer_of
+
+    _, router, experts, config = examined.layer
+    kind = type(router).__name__
+    if examined.router_hindrance:
+        return RouterReport(kind=kind, state=state, reason=examined.router_hindrance)
+    # A replaced router writes for the experts in force; of another one it is told what `apply` would make it write.
+    is_in_force = "replaced" in state or examined.experts_hindrance
+    implementation = config._experts_implementation if is_in_force else NAME
+    weight = router.proj.weight
+    consumer = consumer_of(implementation, weight.device.type, are_experts_wrapped(experts))
+    choice = choose_routing_impl(weight, weight.shape[0])
+    return RouterReport(
+        kind=kind,
+        state=state,
         reason=f"{consumer.reason}; {choice.reason}",
-        experts_implementation=implementation or "eager",
         contract_name=consumer.name,
         contract=contracts[consumer.name],
         impl=choice.impl,
     )
 
 
-@functools.cache
-def _router_forward(spec: RouterSpec, are_experts_wrapped: bool) -> RouterForward:
-    declarations = {name: prepare(spec, contracts[name]) for name in _CONSUMER_NAMES}
+def _experts_report(examined: _Examined, state: str) -> ExpertsReport:
+    from turnout.integrations._transformers_experts import experts_spec
+    from turnout.integrations._transformers_layers import uses_experts_interface
 
-    # The name "forward" lets a pickled bound method resolve to the class's own: the file needs no turnout.
-    def forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Router of Gemma 4 on hidden states [T, H]; see `apply`."""
-        if self.config.top_k_experts != spec.top_k:
-            raise ValueError(
-                f"config.top_k_experts is {self.config.top_k_experts} and was {spec.top_k} when turnout.apply(model) "
-                "was called; call it again"
-            )
-        hidden_states = self.norm(hidden_states)
-        hidden_states = hidden_states * self.scale * self.scalar_root_size
-        router_logits = self.proj(hidden_states)
-
-        # Read at each call: generate() changes the experts implementation between prefill and decode.
-        implementation = self.config._experts_implementation
-        consumer = _consumer(implementation, router_logits.device.type, are_experts_wrapped)
-        topk_weights, topk_ids = route_prepared(router_logits, declarations[consumer.name], self.per_expert_scale)
-
-        probabilities = None
-        if self._forward_hooks:
-            probabilities = torch.softmax(router_logits, dim=-1, dtype=torch.float32)
-        return probabilities, topk_weights, topk_ids
-
-    return forward
+    experts = examined.layer.experts
+    kind = type(experts).__name__
+    implementation = None
+    if uses_experts_interface(experts):
+        implementation = experts.config._experts_implementation or "eager"
+    if examined.experts_hindrance:
+        return ExpertsReport(kind=kind, state=state, reason=examined.experts_hindrance, implementation=implementation)
+    choice = _experts_choice(experts.down_proj)
+    return ExpertsReport(
+        kind=kind,
+        state=state,
+        reason=choice.reason,
+        implementation=implementation,
+        spec=experts_spec(experts),
+        impl=choice.impl,
+    )
 
 
-class _Consumer(NamedTuple):
-    """The catalogue's entry for the experts that read a routing, and why it is that one."""
-
-    name: str
-    reason: str
-
-
-_BY_IMPLEMENTATION = {
-    None: _Consumer("transformers.eager", "eager experts read int64 alone"),
-    "eager": _Consumer("transformers.eager", "eager experts read int64 alone"),
-    "batched_mm": _Consumer("transformers.batched_mm", "batched_mm indexes with the ids: int64 is not cast"),
-}
-_GROUPED_MM = _Consumer(
-    "transformers.grouped_mm",
-    "grouped_mm counts the ids as int32; while generate() decodes with batched_mm, its int64 is written",
-)
-_GROUPED_MM_CPU = _Consumer(
-    "transformers.grouped_mm.cpu", "grouped_mm on a CPU casts ids of any dtype to float32, so int64 stays"
-)
-_WRAPPED = _Consumer(
-    "transformers.expert_parallel.all_to_all",
-    "the experts are parallel, or their forward was replaced: every such wrapper takes int64",
-)
-_UNKNOWN = _Consumer("transformers.eager", "not verified what this implementation reads: int64, as stock routers write")
-_CONSUMER_NAMES = {
-    consumer.name for consumer in (*_BY_IMPLEMENTATION.values(), _GROUPED_MM, _GROUPED_MM_CPU, _WRAPPED, _UNKNOWN)
-}
-
-
-def _consumer(implementation: str | None, device_type: str, are_experts_wrapped: bool) -> _Consumer:
-    if are_experts_wrapped:
-        return _WRAPPED
-    if implementation == "grouped_mm":
-        return _GROUPED_MM_CPU if device_type in ("cpu", "mps") else _GROUPED_MM
-    return _BY_IMPLEMENTATION.get(implementation, _UNKNOWN)
-
-
-def _are_experts_wrapped(experts: nn.Module) -> bool:
-    return getattr(experts, "_is_expert_parallel", False) or _has_foreign_forward(experts)
-
-
-def _has_foreign_forward(module: nn.Module) -> bool:
-    """Whether something else than the class or turnout set the forward that the instance runs."""
-    forward = _instance_forward(module)
-    is_own = getattr(forward, "__func__", None) is type(module).forward
-    return forward is not None and not is_own and not _is_ours(forward)
-
-
-def _is_ours(forward: Any) -> bool:
-    return getattr(getattr(forward, "__func__", None), "__module__", None) == __name__
-
-
-def _instance_forward(module: nn.Module) -> Any:
-    return vars(module).get(_forward_attribute(module))
-
-
-def _forward_attribute(module: nn.Module) -> str:
-    """Where the instance keeps its forward: accelerate's hooks (device_map) wrap it and keep it as _old_forward."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+def _experts_choice(weight: torch.Tensor) -> Choice:
+    """What runs for few tokens and for many."""
+    few, many = (choose_experts_impl(weight.new_empty((tokens, 0)), 1, len(weight)) for tokens in (1, 1 << 20))
+    if few == many:
+        return few
+    return Choice(f"{few.impl}, {many.impl}", f"{few.reason}; {many.reason}")
