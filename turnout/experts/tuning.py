@@ -2,6 +2,8 @@
 
 # What batch_invariant=True runs on a GPU for every number of tokens.
 BATCH_INVARIANT_IMPL = "grouped"
+# Slots in a block of "grouped".
+BLOCK_SIZES = (16, 32, 64, 128)
 
 
 def are_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
@@ -15,7 +17,7 @@ def are_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
 def block_size(num_slots: int, num_experts: int) -> int:
     """Slots in a block of "grouped", for so many slots shared out among so many experts."""
     slots_of_one = num_slots / num_experts
-    for rows, most in ((16, 8), (32, 32), (64, 128)):
+    for rows, most in zip(BLOCK_SIZES, (8, 32, 128), strict=False):
         if slots_of_one <= most:
             return rows
-    return 128
+    return BLOCK_SIZES[-1]

@@ -1,0 +1,30 @@
+"""Work of CPU kernels that release the GIL, shared out among threads."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+
+def in_threads(run: Callable[[int, int], object], count: int, threads: int) -> None:
+    """Call ``run(start, end)`` for shares that make up range(count), the first one in the caller's own thread."""
+    if threads <= 1 or count <= 1:
+        run(0, count)
+        return
+    step = math.ceil(count / threads)
+    shares = [(start, min(start + step, count)) for start in range(0, count, step)]
+    others = [_pool(threads - 1).submit(run, *share) for share in shares[1:]]
+    run(*shares[0])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=workers, thread_name_prefix="turnout")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of the pool's threads
