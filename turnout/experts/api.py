@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
 from turnout.contracts import IDS_DTYPES, STRUCTURES, STRUCTURES_DTYPES, WEIGHTS_DTYPES, Contract, contracts
 from turnout.experts import ops as _ops  # registers the operators
-from turnout.experts import tuning
+from turnout.experts import quantization, tuning
 from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tensor
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
@@ -36,7 +35,8 @@ def experts(
 
     Args:
         hidden_states: [T, H] float32, bfloat16 or float16; rows may lie apart, T may be 0.
-        weights: in the layout that ``spec`` states; plain ones in the dtype of ``hidden_states``.
+        weights: in the layout that ``spec`` states; plain ones in the dtype of ``hidden_states``, quantised ones in the
+            form of `turnout.experts.quantization.SCHEMES`. They are read as they are: none is dequantised as a whole.
         routing: topk_weights [T, K] float32, bfloat16 or float16, and topk_ids [T, K] int16, int32, uint32 or int64,
             both contiguous. Its structures are used where the implementation reads them, and computed where they
             are missing.
@@ -53,7 +53,7 @@ def experts(
     Raises:
         ValueError: an argument does not fit the others; the message says what was given and what is wanted.
         TypeError: an argument is not of its type.
-        NotImplementedError: the weights are of a scheme that is not there yet.
+        NotImplementedError: the spec asks for a layout that quantised weights do not have.
     """
     check_kind("weights", weights, ExpertsWeights)
     check_kind("routing", routing, Routing)
@@ -62,9 +62,7 @@ def experts(
     if spec.quantization == "none":
         check_weights(hidden_states, weights, spec)
     else:
-        raise NotImplementedError(
-            f"experts does not run quantization={spec.quantization!r} yet (ExpertsSpec.quantization); it runs 'none'"
-        )
+        quantization.check_weights(hidden_states, weights, spec)
     check_routing(hidden_states, routing, weights.gate_up_proj.shape[0])
     if impl == "auto":
         top_k, num_experts = routing.topk_ids.shape[1], weights.gate_up_proj.shape[0]
@@ -103,15 +101,19 @@ def contract_of(impl: str, num_slots: int, num_experts: int) -> Contract:
         num_slots: T * K.
         num_experts: E.
     """
-    return _contract(impl, tuning.block_size(num_slots, num_experts) if impl == "grouped" else None)
+    return _CONTRACTS[impl, tuning.block_size(num_slots, num_experts) if impl == "grouped" else None]
 
 
-@functools.cache
-def _contract(impl: str, block_size: int | None) -> Contract:
-    return dataclasses.replace(contracts[f"turnout.experts.{impl}"], block_size=block_size)
+# Made once: a compiler cannot trace the making.
+_CONTRACTS: dict[tuple[str, int | None], Contract] = {
+    (impl, block_size): dataclasses.replace(contracts[f"turnout.experts.{impl}"], block_size=block_size)
+    for impl in IMPLS
+    for block_size in (tuning.BLOCK_SIZES if impl == "grouped" else (None,))
+}
 
 
 def check_hidden_states(hidden_states: torch.Tensor) -> None:
+    """Refuse hidden states that no implementation reads."""
     check_kind("hidden_states", hidden_states, torch.Tensor)
     if hidden_states.dim() != 2:
         raise ValueError(
@@ -129,7 +131,7 @@ def check_hidden_states(hidden_states: torch.Tensor) -> None:
 
 
 def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: ExpertsSpec) -> None:
-    """Of plain weights."""
+    """Refuse plain weights that do not fit each other, the spec or the hidden states."""
     dtypes, beside, hidden_size = (hidden_states.dtype,), ("hidden_states", hidden_states), hidden_states.shape[1]
     down_proj = weights.down_proj
     check_kind("down_proj", down_proj, torch.Tensor)
@@ -155,6 +157,7 @@ def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: Ex
 
 
 def check_routing(hidden_states: torch.Tensor, routing: Routing, num_experts: int) -> None:
+    """Refuse ids, weights and structures that are not of these tokens and experts."""
     num_tokens, beside = hidden_states.shape[0], ("hidden_states", hidden_states)
     check_tensor("topk_ids", routing.topk_ids, (num_tokens, None), IDS_DTYPES, beside)
     top_k = routing.topk_ids.shape[1]

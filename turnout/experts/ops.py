@@ -50,12 +50,15 @@ def _experts_out(hidden_states: torch.Tensor, *arguments: Any, out: torch.Tensor
 def _run(hidden_states: torch.Tensor, arguments: tuple[Any, ...], out: torch.Tensor) -> None:
     """Call the implementation; ``arguments`` are those of the schema from gate_up_proj on."""
     topk_weights, topk_ids, structures, spec, impl, batch_invariant = arguments[_NUM_WEIGHTS:]
+    spec = _spec_of(spec)
+    if spec.quantization != "none":
+        impl = f"_{impl}_quantized"
     # An implementation that is not batch-invariant by itself has a second function that is.
     name = "launch_batch_invariant" if batch_invariant else "launch"
     if not hasattr(module_of("experts", impl), name):
         name = "launch"
     weights, routing = ExpertsWeights(*arguments[:_NUM_WEIGHTS]), Routing(topk_weights, topk_ids, *structures)
-    launch_of("experts", impl, name)(hidden_states, weights, routing, _spec_of(spec), out)
+    launch_of("experts", impl, name)(hidden_states, weights, routing, spec, out)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
