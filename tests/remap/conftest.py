@@ -29,7 +29,7 @@ def interpreter_tiles(request, monkeypatch):
     from turnout.remap import triton as kernels
 
     monkeypatch.setattr(kernels, "choose_copy_tile", lambda columns: kernels.CopyTile(256, 64))
-    monkeypatch.setattr(kernels, "choose_gemm_tile", lambda rows, experts: kernels.GemmTile(64, 64, 64))
+    monkeypatch.setattr(kernels, "choose_gemm_tile", lambda rows, experts: kernels.GemmTile(256, 64, 64))
 
 
 @pytest.fixture

@@ -1,14 +1,15 @@
-"""Remap on a CPU: the permutation's passes over the slots, then torch's copy of rows, on its threads."""
+"""Remap on a CPU: two passes over the slots, then torch's copy of rows, on its threads."""
 
 from __future__ import annotations
 
+import functools
+import types
+
 import torch
 
-from turnout.contracts import Contract
 from turnout.experts import cpu as experts
-from turnout.permutation import cpu as permutation
 from turnout.spec import ExpertsSpec
-from turnout.types import ExpertsWeights, Permutation, Routing
+from turnout.types import ExpertsWeights, Routing
 
 
 def launch(
@@ -23,25 +24,17 @@ def launch(
 ) -> None:
     """Remap integers into the buffers."""
     _check_support(hidden_states)
-    ids = topk_ids if expert_map is None else _local_ids(topk_ids, expert_map)
-    permuted_idx = torch.empty(topk_ids.numel(), dtype=torch.int32)
-    written = Permutation(
-        tokens_per_expert=tokens_per_expert, permuted_idx=permuted_idx, inv_permuted_idx=inv_permuted_idx
-    )
-    permutation.launch(ids, None, len(tokens_per_expert), Contract(), written)
-    used = int(tokens_per_expert.sum())
-    token_at = permuted_idx[:used] // topk_ids.shape[1]
+    token_at = torch.empty(topk_ids.numel(), dtype=torch.int64)
+    used = _kernels().place_slots(
+        topk_ids.data_ptr(), topk_ids.dtype == torch.int64,
+        0 if expert_map is None else expert_map.data_ptr(), 0 if expert_map is None else len(expert_map),
+        *topk_ids.shape, len(tokens_per_expert),
+        tokens_per_expert.data_ptr(), inv_permuted_idx.data_ptr(), token_at.data_ptr(),
+    )  # fmt: skip
     for source, target in ((hidden_states, rows), (hidden_states_scales, scales)):
         if source is not None and target is not None:
-            torch.index_select(source, 0, token_at, out=target[:used])
+            torch.index_select(source, 0, token_at[:used], out=target[:used])
             target[used:].zero_()
-
-
-def _local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
-    """The map's entry for each slot; -1 where there is none."""
-    is_mapped = (topk_ids >= 0) & (topk_ids < len(expert_map))
-    inside = topk_ids.where(is_mapped, 0).flatten()
-    return torch.index_select(expert_map, 0, inside).view(topk_ids.shape).where(is_mapped, -1)
 
 
 def launch_experts(
@@ -49,12 +42,19 @@ def launch_experts(
 ) -> None:
     """Run each expert on its rows, into ``out``: rows are tokens that chose one expert, with a weight of 1."""
     _check_support(rows)
-    expert_of_row = torch.repeat_interleave(tokens_per_expert)
-    unused = len(rows) - len(expert_of_row)
-    topk_ids = torch.nn.functional.pad(expert_of_row, (0, unused), value=-1)[:, None]
-    experts.launch(rows, weights, Routing(torch.ones(topk_ids.shape), topk_ids), spec, out)
+    num_rows = len(rows)
+    topk_ids = torch.empty(num_rows, 1, dtype=torch.int32)
+    _kernels().name_experts(tokens_per_expert.data_ptr(), len(tokens_per_expert), topk_ids.data_ptr(), num_rows)
+    experts.launch(rows, weights, Routing(torch.ones(num_rows, 1), topk_ids), spec, out)
 
 
 def _check_support(tensor: torch.Tensor) -> None:
     if not tensor.is_cpu:
         raise ValueError(f"impl='cpu' needs tensors on a CPU, got {tensor.device}; use impl='triton' or impl='auto'")
+
+
+@functools.cache
+def _kernels() -> types.ModuleType:
+    from turnout.remap import _cpu_kernel
+
+    return _cpu_kernel
