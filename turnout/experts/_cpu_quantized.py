@@ -6,14 +6,15 @@ The rows stay in a cache between the two. numba is imported at the first call.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 
 from turnout.combine import cpu as combine
 from turnout.contracts import Contract
+from turnout.experts.cpu import ACTIVATION_CODE
 from turnout.experts.quantization import SCHEMES, quantize_activations
-from turnout.experts.reference import activation
 from turnout.permutation import ops as permutation
 from turnout.spec import ExpertsSpec
 from turnout.threads import in_threads
@@ -69,33 +70,45 @@ def _launch(
         for first in range(offsets[expert], offsets[expert + 1], rows_at_a_time):
             end = min(first + rows_at_a_time, offsets[expert + 1])
             hidden = hidden_states.index_select(0, order.permuted_idx[first:end] // top_k)
-            values = activation(product(hidden, *gate_up, spec), spec).to(out.dtype)
-            outputs[first:end] = product(values, *down, spec)
+            values = _activated(_product(hidden, *gate_up, spec), spec).T.to(out.dtype)
+            outputs[first:end] = _product(values, *down, spec).T
     combine.launch(outputs, routing.topk_weights, order.inv_permuted_idx, out)
 
 
-def product(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, spec: ExpertsSpec) -> torch.Tensor:
-    """``values @ weight.T`` [rows, N] in float32, a view, for values [rows, columns] and one expert's weight."""
+def _product(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, spec: ExpertsSpec) -> torch.Tensor:
+    """``weight @ values.T`` [N, rows] in float32, for values [rows, columns] and one expert's weight of N rows."""
     scheme, columns = SCHEMES[spec.quantization], values.shape[1]
     value_scale = None
     if scheme.activation_dtype is not None:
         values, value_scale = quantize_activations(values, scheme.activation_dtype)
     values = values.float()
     num_rows = weight.shape[0]
-    out = torch.empty(num_rows, len(values))  # a block of rows is in one piece
+    out = torch.empty(num_rows, len(values))
     block = max(1, min(NUMBERS_AT_A_TIME // columns, num_rows // 4))
     scratch = torch.empty(block, columns)
     for first in range(0, num_rows, block):
         end = min(first + block, num_rows)
         rows = scratch[: end - first]
-        _dequantize(weight[first:end], scale[first:end], spec, rows)
+        _dequantize(weight[first:end], scale[first:end], rows)
         torch.mm(rows, values.T, out=out[first:end])
     if value_scale is not None:
         out *= value_scale.T
-    return out.T
+    return out
 
 
-def _dequantize(weight: torch.Tensor, scale: torch.Tensor, spec: ExpertsSpec, out: torch.Tensor) -> None:
+def _activated(gate_up: torch.Tensor, spec: ExpertsSpec) -> torch.Tensor:
+    """Activated values [I, rows] of a projection [2I, rows], which they overwrite."""
+    gate = gate_up[: len(gate_up) // 2]
+    limit = math.inf if spec.activation_limit is None else spec.activation_limit
+    run = functools.partial(
+        _kernels().activate_numbers, gate_up.data_ptr(), gate.numel(), ACTIVATION_CODE[spec.activation],
+        spec.activation_alpha, limit, spec.up_offset,
+    )  # fmt: skip
+    in_threads(run, gate.numel(), min(torch.get_num_threads(), gate.numel() // NUMBERS_PER_THREAD))
+    return gate
+
+
+def _dequantize(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """Rows of a weight into ``out`` [rows, columns] float32, on as many of torch's threads as it is worth."""
     scale = scale.float()
     kernel = getattr(_kernels(), _KERNEL_NAMES[weight.dtype])

@@ -1,13 +1,14 @@
 """The numba kernels behind ``_cpu_quantized.py``. Importing this module imports numba.
 
-Each dequantises rows [first, end) of a weight into float32, with scales [rows, columns / group] float32. The loops are
-as they are so that they run in vector lanes.
+``dequantize_*`` make float32 of rows [first, end) of a weight with scales [rows, columns / group] float32. The loops
+are as they are so that they run in vector lanes.
 """
 
 import numpy as np
 from numba import carray, njit
 
 from turnout.combine._cpu_kernel import pointer
+from turnout.experts._cpu_kernel import activate
 
 
 @njit(nogil=True, cache=True)
@@ -64,3 +65,11 @@ def dequantize_float8(weight_address, scale_address, columns, group, out_address
         for i in range(columns):
             row[i] *= np.float32(2.0**120)
         scale_row(row, scales[r], group)
+
+
+@njit(nogil=True, cache=True)
+def activate_numbers(address, count, activation, alpha, limit, up_offset, first, end):
+    """``activation(gate) * (up + up_offset)`` of numbers [first, end) of ``count``, over gate, which up follows."""
+    gate = carray(pointer(address), 2 * count, np.float32)[first:end]
+    up = carray(pointer(address), 2 * count, np.float32)[count + first : count + end]
+    activate(gate, up, activation, alpha, limit, up_offset)

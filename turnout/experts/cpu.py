@@ -30,7 +30,7 @@ PRODUCTS_PER_THREAD = 1 << 19
 BLOCK_ROWS = 64  # rows of an expert that own kernels take at a time
 
 _IDS_CODE = {torch.int16: 0, torch.int32: 1, torch.uint32: 1, torch.int64: 2}
-_ACTIVATION_CODE = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+ACTIVATION_CODE = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
 def launch(
@@ -110,7 +110,7 @@ def _launch(
         hidden_states.data_ptr(), hidden_states.stride(0), out.shape[1], intermediate_size,
         topk_ids.shape[1], weights.gate_up_proj.data_ptr(), weights.down_proj.data_ptr(),
         _address(weights.gate_up_bias), _address(weights.down_bias), spec.transposed, spec.interleaved,
-        _ACTIVATION_CODE[spec.activation], spec.activation_alpha,
+        ACTIVATION_CODE[spec.activation], spec.activation_alpha,
         math.inf if spec.activation_limit is None else spec.activation_limit, spec.up_offset,
         order, positions, blocks, num_slots, num_blocks, min(split.block_rows, num_slots),
         activated.data_ptr(), slot_out.data_ptr(),
