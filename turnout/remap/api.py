@@ -78,20 +78,9 @@ def remap_hidden_states(
         TypeError: an argument is not of its type.
     """
     _check_rows("hidden_states", hidden_states, HIDDEN_DTYPES)
-    num_tokens = hidden_states.shape[0]
-    _check_slots(hidden_states, topk_ids, num_experts)
-    beside = ("hidden_states", hidden_states)
-    if expert_map is not None:
-        check_tensor("expert_map", expert_map, (None,), (torch.int32,), beside)
-        if len(expert_map) == 0:
-            raise ValueError("expert_map must have an entry for each expert of all ranks, got none")
+    _check_slots(hidden_states, topk_ids, num_experts, expert_map)
     if hidden_states_scales is not None:
-        _check_rows("hidden_states_scales", hidden_states_scales, SCALES_DTYPES)
-        if hidden_states_scales.shape[0] != num_tokens or hidden_states_scales.device != hidden_states.device:
-            raise ValueError(
-                f"hidden_states_scales has {hidden_states_scales.shape[0]} rows on {hidden_states_scales.device}, "
-                f"hidden_states {num_tokens} on {hidden_states.device}; each row has its scales beside it"
-            )
+        _check_scales(hidden_states, hidden_states_scales)
     if impl == "auto":
         impl = choose_impl(hidden_states, num_experts).impl
     else:
@@ -183,7 +172,18 @@ def _check_rows(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]
     check_grad(name, tensor)
 
 
-def _check_slots(hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> None:
+def _check_scales(hidden_states: torch.Tensor, scales: torch.Tensor) -> None:
+    _check_rows("hidden_states_scales", scales, SCALES_DTYPES)
+    if scales.shape[0] != hidden_states.shape[0] or scales.device != hidden_states.device:
+        raise ValueError(
+            f"hidden_states_scales has {scales.shape[0]} rows on {scales.device}, hidden_states "
+            f"{hidden_states.shape[0]} on {hidden_states.device}; each row has its scales beside it"
+        )
+
+
+def _check_slots(
+    hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
+) -> None:
     num_tokens = hidden_states.shape[0]
     check_tensor("topk_ids", topk_ids, (num_tokens, None), IDS_DTYPES, ("hidden_states", hidden_states))
     top_k = topk_ids.shape[1]
@@ -196,6 +196,10 @@ def _check_slots(hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_expert
         )
     if type(num_experts) is not int or num_experts < 1:
         raise ValueError(f"num_experts must be an int of at least 1, got {num_experts!r}")
+    if expert_map is not None:
+        check_tensor("expert_map", expert_map, (None,), (torch.int32,), ("hidden_states", hidden_states))
+        if len(expert_map) == 0:
+            raise ValueError("expert_map must have an entry for each expert of all ranks, got none")
 
 
 def _check_out(

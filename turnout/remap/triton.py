@@ -35,7 +35,7 @@ def _load_local(
 
 
 @triton.jit(do_not_specialize=["num_slots", "map_size"])
-def _count_kernel(
+def _count_local_kernel(
     ids_ptr,  # [T, K]
     map_ptr,  # [map_size] or None
     tile_counts_ptr,  # [tiles, BLOCK_E]
@@ -53,7 +53,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_slots", "map_size", "num_tiles"])
-def _place_kernel(
+def _place_local_kernel(
     ids_ptr,  # [T, K]
     map_ptr,  # [map_size] or None
     tile_counts_ptr,  # [tiles, BLOCK_E], or None where there is one tile
@@ -94,7 +94,7 @@ def _place_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _copy_kernel(
+def _copy_rows_kernel(
     hidden_ptr,  # [T, H] integers, rows ROW_STRIDE apart
     scales_ptr,  # [T, G] integers, rows SCALES_STRIDE apart, or None
     positions_ptr,  # [T, K]
@@ -190,10 +190,10 @@ def _place(
     if num_tiles > 1:
         tile_counts = topk_ids.new_empty((num_tiles, block_e), dtype=torch.int32)
         counted, constants = (topk_ids, expert_map, tile_counts), (num_experts, tile, block_e)
-        launch_kernel(_count_kernel, grid, counted, numbers, constants, num_warps)
+        launch_kernel(_count_local_kernel, grid, counted, numbers, constants, num_warps)
     placed = (topk_ids, expert_map, tile_counts, counts, positions)
     constants = (num_experts, tile, block_e)
-    launch_kernel(_place_kernel, grid, placed, (*numbers, num_tiles), (*constants, _TILES_AT_A_TIME), num_warps)
+    launch_kernel(_place_local_kernel, grid, placed, (*numbers, num_tiles), (*constants, _TILES_AT_A_TIME), num_warps)
 
 
 def _copy(
@@ -218,7 +218,7 @@ def _copy(
     )  # fmt: skip
     tensors = (hidden_states, hidden_states_scales, positions, counts, rows, scales)
     grid = (triton.cdiv(num_tokens, tile.tokens), triton.cdiv(columns, tile.columns), 1)
-    launch_kernel(_copy_kernel, grid, tensors, (num_tokens,), constants, 4)
+    launch_kernel(_copy_rows_kernel, grid, tensors, (num_tokens,), constants, 4)
 
 
 def _experts_at_once(num_experts: int) -> int:
@@ -346,7 +346,7 @@ def _launch_gemm(
 
 
 def _check_support(tensor: torch.Tensor, num_experts: int) -> None:
-    if tensor.is_cpu and isinstance(_place_kernel, triton.JITFunction):
+    if tensor.is_cpu and isinstance(_place_local_kernel, triton.JITFunction):
         raise ValueError(
             "impl='triton' needs tensors on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
             "before the first call to run the kernels in Triton's interpreter"
