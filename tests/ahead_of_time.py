@@ -7,6 +7,8 @@ import itertools
 import json
 
 import ahead_of_time_bench
+import ahead_of_time_permutation
+import ahead_of_time_remap
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -48,13 +50,14 @@ def route_source(spec, contract, logits_dtype, scale_dtype, padding, rows):
     """What Triton would compile for a call of `turnout.route`."""
     kernel = routing._route_kernel
     tile = routing.Tile(rows, 1)
-    constants = routing._constants(logits_dtype, spec, contract, tile)
+    constants = routing.constants_of(logits_dtype, spec, contract, tile)
     constants = dict(zip(kernel.arg_names[-len(constants) :], constants, strict=True))
     pointers = {
         "logits_ptr": POINTER[logits_dtype],
         "scale_ptr": POINTER.get(scale_dtype),
         "is_padding_ptr": "*i1" if "is_padding_ptr" in padding else None,
         "num_valid_ptr": "*i32" if "num_valid_ptr" in padding else None,
+        "expert_map_ptr": "*i32" if "expert_map_ptr" in padding else None,
         "weights_ptr": POINTER[contract.weights_dtype],
         "ids_ptr": POINTER[contract.ids_dtype],
     }
@@ -69,6 +72,8 @@ def route_source(spec, contract, logits_dtype, scale_dtype, padding, rows):
 def main():
     sources = {("_route_kernel", name): route_source(*case) for name, case in route_cases().items()}
     sources |= ahead_of_time_bench.sources()
+    sources |= ahead_of_time_permutation.sources()
+    sources |= ahead_of_time_remap.sources()
     compiled = []
     for ((kernel, case), source), (target, gpu) in itertools.product(sources.items(), TARGETS.items()):
         result = triton.compile(source, target=gpu, options={"num_warps": 1})

@@ -12,8 +12,14 @@ import turnout
 HEAVY = ("triton", "transformers", "numba", "matplotlib", "vllm")
 # The modules that are there to use one of them, or are entered by a program that has imported it.
 MAY_IMPORT = {
-    "triton": ("turnout.device.", "turnout.routing.triton", "turnout.bench.triton"),
-    "numba": ("turnout.routing._cpu_kernel",),
+    "triton": (
+        "turnout.device.",
+        "turnout.routing.triton",
+        "turnout.permutation.triton",
+        "turnout.remap.triton",
+        "turnout.bench.triton",
+    ),
+    "numba": ("turnout.routing._cpu_kernel", "turnout.permutation._cpu_kernel", "turnout.remap._cpu_kernel"),
 }
 
 

@@ -57,6 +57,8 @@ class Contract:
             the experts ``"local"`` to one rank (which needs a sentinel for the others).
         structures: what the consumer would otherwise compute from the ids; names of fields of `Routing`.
         structures_dtype: dtype of their integers: int32 or int64 (the bitmatrix is uint32 always).
+        num_local_experts: experts of the rank, where ``id_space`` is ``"local"``: ids and structures count these; the
+            map from logical ids to them comes with each call. None: not a local id space, or known to the layer alone.
         block_size: slots in a block of the padded block map (sorted_token_ids, expert_ids, num_tokens_post_padded);
             None: none of these is asked for, or the consumer chooses the size at each call.
         key: the contract as JSON: what operators carry, and what `from_key` reads; not an argument.
@@ -73,6 +75,7 @@ class Contract:
     structures: tuple[str, ...] = ()
     structures_dtype: torch.dtype = torch.int32
     block_size: int | None = None
+    num_local_experts: int | None = None
 
     key: str = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -88,8 +91,15 @@ class Contract:
         if len(set(self.structures)) != len(self.structures):
             raise ValueError(f"structures must name each structure once, got {self.structures}")
         _check_member("structures_dtype", self.structures_dtype, STRUCTURES_DTYPES)
-        if self.block_size is not None and (type(self.block_size) is not int or self.block_size < 1):
-            raise ValueError(f"block_size must be a positive int or None, got {self.block_size!r}")
+        for field in ("block_size", "num_local_experts"):
+            value = getattr(self, field)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{field} must be a positive int or None, got {value!r}")
+        if self.num_local_experts is not None and self.id_space != "local":
+            raise ValueError(
+                f"num_local_experts={self.num_local_experts} contradicts id_space={self.id_space!r}: it counts the "
+                "experts of a rank. Leave it away, or choose id_space='local'."
+            )
         self._check_sentinel()
         key = json.dumps({field: _encode(value) for field, value in self._stated().items()})
         object.__setattr__(self, "key", key)  # now: a compiler cannot trace it later
@@ -113,9 +123,13 @@ class Contract:
                 f"[{limits.min}, {limits.max}]. Choose a sentinel that the dtype holds, or another dtype."
             )
 
+    def num_ids(self, num_experts: int) -> int:
+        """How many ids there are, for a router of so many experts: all of them, or those of the rank."""
+        return num_experts if self.num_local_experts is None else self.num_local_experts
+
     def sentinel_id(self, num_experts: int) -> int | None:
         """The sentinel as a number, for a router of so many experts; None where the consumer knows none."""
-        return num_experts if self.sentinel == "num_experts" else self.sentinel
+        return self.num_ids(num_experts) if self.sentinel == "num_experts" else self.sentinel
 
     # By the key, which says all: comparing and hashing field by field costs microseconds at every call.
     def __eq__(self, other: object) -> bool:

@@ -5,13 +5,13 @@ Producers of ids and weights, and so tested here for every implementation:
 
     1 to 8, 10 to 12, 15, 20 to 25, 27, 29 to 34
 
-Producers again, of something `route` refuses by name until it has it: maps, counts, tables, structures:
+Producers again, of something `route` refuses by name until it has it: maps, tables, loads:
 
-    9, 13, 14, 16 to 19
+    9, 14, 18, 19
 
-Consumers only, nothing a router can get wrong beyond the range of its ids, which every test here checks:
+Of local ids and structures, in tests/permutation/test_field_failures_of_structures.py:
 
-    26 (ids past E in moe_align), 28 (rows past the received count read as valid)
+    11, 13, 16, 17, 26, 28, 29
 """
 
 import pytest
@@ -105,13 +105,10 @@ def test_uint32_ids_are_written_not_indexed_by_vllm_20166(device, routed):
 
 
 def test_int64_ids_with_bfloat16_weights_vllm_gaudi_1593(device, routed):
-    """11: a consumer of int64 ids and bfloat16 weights; its local ids are refused until there is a map."""
+    """11: a consumer of int64 ids and bfloat16 weights. (Its local ids are tested beside the permutation.)"""
     contract = turnout.Contract(ids_dtype=torch.int64, weights_dtype=torch.bfloat16)
     logits = make_logits("normal", 4, 128, device=device)
     routed(logits, GEMMA4, contract)
-    local = turnout.Contract(ids_dtype=torch.int64, id_space="local", sentinel=-1)
-    with pytest.raises(NotImplementedError, match="id_space='local'"):
-        turnout.route(logits, GEMMA4, local)
 
 
 def test_int64_ids_index_without_a_cast_rtp_llm_1325(impl, device):
@@ -287,7 +284,6 @@ def test_every_dtype_captures_after_one_call_exl3_204(gpu):
     [
         pytest.param("tid2eid", torch.zeros(8, 4, dtype=torch.int64), id="9_hash_table_vllm_40862"),
         pytest.param("input_ids", torch.zeros(2, dtype=torch.int64), id="14_token_ids_vllm_50844"),
-        pytest.param("expert_map", torch.zeros(16, dtype=torch.int32), id="13_16_expert_map_vllm_50845_aiter_4636"),
         pytest.param("logical_to_physical_map", torch.zeros(16, 2, dtype=torch.int64), id="18_eplb_sglang_25285"),
         pytest.param("logical_replica_count", torch.ones(16, dtype=torch.int64), id="18_replicas_sglang_25285"),
         pytest.param("expert_load", torch.zeros(16, dtype=torch.int32), id="19_expert_load_vllm_38128"),
@@ -296,19 +292,11 @@ def test_every_dtype_captures_after_one_call_exl3_204(gpu):
     ],
 )
 def test_inputs_of_what_is_not_there_yet_are_refused_by_name(field, tensor, impl, device):
-    """9, 13, 14, 16, 18, 19: maps and tables that went unchecked, twice applied or counted padding."""
+    """9, 14, 18, 19: tables that went unchecked, maps applied twice, loads that counted padding."""
     spec = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True)
     inputs = turnout.RoutingInputs(**{field: tensor.to(device)})
     with pytest.raises(NotImplementedError, match=f"RoutingInputs.{field}"):
         turnout.route(make_logits("normal", 2, 16, device=device), spec, INT64, inputs, impl=impl)
-
-
-def test_histograms_of_odd_sizes_are_refused_until_there_are_any_sglang_29055(impl, device):
-    """17: ids of -1 with 36 experts broke a histogram made for multiples of 16."""
-    spec = turnout.RouterSpec(num_experts=36, top_k=4, renormalize=True)
-    contract = turnout.Contract(structures=("tokens_per_expert",), sentinel=-1)
-    with pytest.raises(NotImplementedError, match="tokens_per_expert"):
-        turnout.route(make_logits("normal", 2, 36, device=device), spec, contract, impl=impl)
 
 
 @pytest.mark.parametrize(

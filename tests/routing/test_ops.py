@@ -27,7 +27,7 @@ def scaled(device, **padding):
 def operator_arguments(logits, impl):
     padding = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     scale = torch.ones(16, dtype=torch.bfloat16, device=logits.device)
-    return logits, declarations(SPEC, CONTRACT), impl, scale, padding, None
+    return logits, declarations(SPEC, CONTRACT), impl, scale, padding, None, None
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])

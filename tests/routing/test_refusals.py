@@ -176,7 +176,7 @@ def test_cpu_impl_of_another_device():
 
     meta = torch.empty(3, 16, device="meta")
     with pytest.raises(ValueError, match="needs logits on a CPU, got meta; use impl='triton' or impl='auto'"):
-        cpu.launch(meta, SPEC, CONTRACT, None, None, None, meta[:, :4], meta[:, :4])
+        cpu.launch(meta, SPEC, CONTRACT, (None,) * 4, meta[:, :4], meta[:, :4])
 
 
 def test_triton_without_a_gpu_or_the_interpreter():

@@ -159,8 +159,8 @@ def host_cost(spec: RouterSpec, dtype: torch.dtype) -> dict[str, list[float]]:
     contract, inputs = Contract(ids_dtype=torch.int64), RoutingInputs(per_expert_scale=scale)
     weights, ids, *_ = route(logits, spec, contract, inputs)
     tile = implementation.choose_tile(1, 1 << (spec.num_experts - 1).bit_length())
-    constants = implementation._constants(dtype, spec, contract, tile)
-    arguments = (logits, scale, None, None, weights, ids, 1, logits.stride(0), *constants)
+    constants = implementation.constants_of(dtype, spec, contract, tile)
+    arguments = (logits, scale, None, None, None, weights, ids, 1, logits.stride(0), *constants)
     calls = {
         "route": lambda: route(logits, spec, contract, inputs),
         "bare launch": lambda: implementation._route_kernel[(1, 1, 1)](*arguments, num_warps=tile.num_warps),

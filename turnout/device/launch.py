@@ -11,6 +11,7 @@ import torch
 # Compiled kernels, by all that they are specialised on: Triton's own look-up takes longer.
 _compiled: dict[tuple[Any, ...], Any] = {}
 _HERE = contextlib.nullcontext()
+_INT32_MAX = 2**31 - 1
 
 
 def launch_kernel(
@@ -29,7 +30,8 @@ def launch_kernel(
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     # Triton specialises on pointers that are multiples of 16; torch allocates no others, a view may be one.
     aligned = not any(address is not None and address % 16 for address in addresses)
-    key = (kernel, tensors[0].device, constants, num_warps, *(None if t is None else t.dtype for t in tensors))  # type: ignore[union-attr]
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    key = (kernel, tensors[0].device, constants, num_warps, max(numbers, default=0) > _INT32_MAX, *dtypes)
     known = _compiled.get(key) if aligned else None
     if known is not None:
         known[grid](*addresses, *numbers, *constants)

@@ -14,6 +14,8 @@ from turnout.device import SCHEDULE_BLOCK_SIZES
 MAX_TILE_SLOTS = 1024
 _SLOT_BITS = tl.constexpr(10)
 _SLOT_MASK = tl.constexpr(MAX_TILE_SLOTS - 1)
+BLOCK = tl.constexpr(1024)  # elements that a program fills at once
+ROWS = tl.constexpr(8)  # rows of the bitmatrix, and of the counts, that a program takes at once
 _SCHEDULES = tl.constexpr(len(SCHEDULE_BLOCK_SIZES))
 _SMALLEST = tl.constexpr(SCHEDULE_BLOCK_SIZES[0])  # each further size is twice the one before
 
@@ -62,7 +64,7 @@ def max_blocks(num_slots, NUM_EXPERTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def fill(ptr, value, first, end, program, programs, BLOCK: tl.constexpr):
+def fill(ptr, value, first, end, program, programs):
     """Write a value to elements ``first`` to ``end``, each program its part."""
     for start in range(first + program * BLOCK, end, programs * BLOCK):
         elements = start + tl.arange(0, BLOCK)
@@ -78,14 +80,13 @@ def write_bitmatrix(
     programs,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Which experts each token chose, 32 of them to a word; each program writes rows of its own."""
     WORDS: tl.constexpr = (NUM_EXPERTS + 31) // 32
     columns = tl.arange(0, BLOCK_K)[None, :]
-    for start in range(program * BLOCK_T, num_tokens, programs * BLOCK_T):
-        rows = start + tl.arange(0, BLOCK_T)
+    for start in range(program * ROWS, num_tokens, programs * ROWS):
+        rows = start + tl.arange(0, ROWS)
         is_slot = (rows < num_tokens)[:, None] & (columns < TOP_K)
         ids = tl.load(ids_ptr + rows[:, None] * TOP_K + columns, mask=is_slot, other=NUM_EXPERTS)
         experts = expert_of(ids, NUM_EXPERTS, 32 * WORDS)  # a bit of the word behind the last
@@ -190,21 +191,70 @@ def write_unused(
     block_schedule_ptr,
     NUM_EXPERTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Mark what no slot and no block uses, each program its part: -1, and weight 0."""
     used = tl.sum(counts, axis=0)
     if permuted_idx_ptr is not None:
-        fill(permuted_idx_ptr, -1, used, num_slots, program, programs, BLOCK)
+        fill(permuted_idx_ptr, -1, used, num_slots, program, programs)
     if permuted_weights_ptr is not None:
-        fill(permuted_weights_ptr, 0.0, used, num_slots, program, programs, BLOCK)
+        fill(permuted_weights_ptr, 0.0, used, num_slots, program, programs)
     if expert_ids_ptr is not None:
         used = tl.sum(tl.cdiv(counts, BLOCK_SIZE), axis=0)
         end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE)
-        fill(expert_ids_ptr, -1, used, end, program, programs, BLOCK)
+        fill(expert_ids_ptr, -1, used, end, program, programs)
     if block_schedule_ptr is not None:
         end = max_blocks(num_slots, NUM_EXPERTS, _SMALLEST)
         for row in tl.static_range(_SCHEDULES):
             used = tl.sum(tl.cdiv(counts, _SMALLEST << row), axis=0)
-            fill(block_schedule_ptr, -1, used, end, program, programs, BLOCK)
+            fill(block_schedule_ptr, -1, used, end, program, programs)
             block_schedule_ptr += end
+
+
+@triton.jit
+def permute_in_one_program(
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K] or None
+    tokens_per_expert_ptr,
+    expert_offsets_ptr,
+    permuted_idx_ptr,
+    inv_permuted_idx_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    bitmatrix_ptr,
+    permuted_weights_ptr,
+    block_offsets_ptr,
+    block_schedule_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Order at most BLOCK_S slots whose ids lie in memory, and write what is not None."""
+    program = tl.program_id(0).to(tl.int64)  # 0
+    num_slots = num_tokens.to(tl.int64) * TOP_K
+    experts = load_experts(ids_ptr, tl.arange(0, BLOCK_S), num_slots, NUM_EXPERTS, BLOCK_E)
+    counts = count_slots(experts, BLOCK_E)
+    write_expert_structures(
+        counts, tokens_per_expert_ptr, expert_offsets_ptr, num_tokens_post_padded_ptr, block_offsets_ptr,
+        NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
+    )  # fmt: skip
+    if bitmatrix_ptr is not None:
+        write_bitmatrix(ids_ptr, bitmatrix_ptr, num_tokens, program, 1, NUM_EXPERTS, TOP_K, BLOCK_K)
+    if sorted_token_ids_ptr is not None:
+        end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE) * BLOCK_SIZE
+        fill(sorted_token_ids_ptr, num_slots, program, end, program, 1)
+        tl.debug_barrier()  # slots are written over it
+    write_unused(
+        counts, num_slots, program, 1,
+        permuted_idx_ptr, expert_ids_ptr, permuted_weights_ptr, block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE,
+    )  # fmt: skip
+    experts, slots = sort_slots(experts, BLOCK_S)
+    write_slot_structures(
+        experts, slots.to(tl.int64), tl.arange(0, BLOCK_S), counts, num_slots, weights_ptr,
+        permuted_idx_ptr, inv_permuted_idx_ptr, sorted_token_ids_ptr, expert_ids_ptr, permuted_weights_ptr,
+        block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
+    )  # fmt: skip

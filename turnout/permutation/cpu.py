@@ -1,7 +1,7 @@
 """Permutation on a CPU: a counting sort, one pass over the slots to count and one to place.
 
-The kernel works on addresses and dtype codes, so that it is compiled once (and cached on disk) and reads and writes every
-dtype in place. numba is imported at the first call.
+The kernel works on addresses and dtype codes, so that it is compiled once (and cached on disk), and reads and writes
+every dtype in place. numba is imported at the first call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 
 from turnout.contracts import Contract
 from turnout.device import SCHEDULE_BLOCK_SIZES
-from turnout.types import Permutation
+from turnout.routing import cpu as routing
+from turnout.spec import RouterSpec
+from turnout.types import Permutation, Routing
 
 # Codes that the kernel knows dtypes by.
 _IDS_CODE = {torch.int16: 0, torch.int32: 1, torch.uint32: 1, torch.int64: 2}
@@ -41,6 +43,19 @@ def launch(
         len(SCHEDULE_BLOCK_SIZES), SCHEDULE_BLOCK_SIZES[0], 0 if schedule is None else schedule.shape[1],
         _address(topk_weights), contract.weights_dtype.itemsize, *map(_address, permutation),
     )  # fmt: skip
+
+
+def launch_routed(
+    router_logits: torch.Tensor,
+    spec: RouterSpec,
+    contract: Contract,
+    tensors: tuple[torch.Tensor | None, ...],
+    out: Routing,
+) -> None:
+    """Route, then write the structures."""
+    weights, ids, *_ = out
+    routing.launch(router_logits, spec, contract, tensors, weights, ids)
+    launch(ids, weights, contract.num_ids(spec.num_experts), contract, out.permutation)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

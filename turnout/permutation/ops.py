@@ -1,6 +1,7 @@
-"""The operator ``turnout::permute``, as torch's dispatcher, compiler and export see it.
+"""The operators ``turnout::permute`` and ``turnout::route_permuted``, as torch's dispatcher and compiler see them.
 
-Its results are those structures that the contract asks for, in the order of `turnout.Permutation`.
+Results are those structures that the contract asks for, in the order of `turnout.Permutation`; those of the second,
+which spans routing and permutation, begin with weights and ids.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import torch
 from turnout.contracts import STRUCTURES, Contract
 from turnout.device import SCHEDULE_BLOCK_SIZES
 from turnout.impls import launch_of
-from turnout.types import Permutation
+from turnout.routing import ops as _routing
+from turnout.types import Permutation, Routing
 
 _INPUTS = "Tensor topk_ids, Tensor? topk_weights, int num_experts, str contract, str impl"
 torch.library.define("turnout::permute", f"({_INPUTS}) -> Tensor[]")
-# Not differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
-torch.library.impl("turnout::permute", "Autograd")(torch.library.fallthrough_kernel)
-permute = torch.ops.turnout.permute.default
+torch.library.define("turnout::route_permuted", f"({_routing.INPUTS}) -> Tensor[]")
+# Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
+for _operator in ("permute", "route_permuted"):
+    torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
+permute, route_permuted = torch.ops.turnout.permute.default, torch.ops.turnout.route_permuted.default
 
 contract_of = functools.cache(Contract.from_key)
 
@@ -40,6 +44,31 @@ def _permute_fake(
     return allocate(topk_ids, topk_ids.shape[1], num_experts, contract_of(contract))
 
 
+@torch.library.impl("turnout::route_permuted", "CompositeExplicitAutograd")
+def _route_permuted(
+    router_logits: torch.Tensor,
+    declarations: str,
+    impl: str,
+    *tensors: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    spec, contract = _routing.declared(declarations)
+    results = _allocate_routing(router_logits, declarations)
+    routing = routing_of(results, contract)
+    launch_of("permutation", impl, "launch_routed")(router_logits, spec, contract, tensors, routing)
+    return results
+
+
+@torch.library.register_fake("turnout::route_permuted")
+def _route_permuted_fake(router_logits: torch.Tensor, declarations: str, *_: object) -> list[torch.Tensor]:
+    return _allocate_routing(router_logits, declarations)
+
+
+def _allocate_routing(router_logits: torch.Tensor, declarations: str) -> list[torch.Tensor]:
+    spec, contract = _routing.declared(declarations)
+    structures = allocate(router_logits, spec.top_k, contract.num_ids(spec.num_experts), contract)
+    return [*_routing.allocate(router_logits, spec, contract), *structures]
+
+
 @functools.cache
 def asked_for(structures: tuple[str, ...]) -> tuple[str, ...]:
     """The names in the order of `turnout.Permutation`."""
@@ -49,6 +78,11 @@ def asked_for(structures: tuple[str, ...]) -> tuple[str, ...]:
 def permutation_of(buffers: list[torch.Tensor], contract: Contract) -> Permutation:
     """The operator's results, by name."""
     return Permutation(**dict(zip(asked_for(contract.structures), buffers, strict=True)))
+
+
+def routing_of(results: list[torch.Tensor], contract: Contract) -> Routing:
+    """The results of ``route_permuted``, by name."""
+    return Routing(results[0], results[1], *permutation_of(results[2:], contract))
 
 
 def max_blocks(num_slots: int, num_experts: int, block_size: int) -> int:

@@ -6,7 +6,9 @@ import torch
 
 from turnout.contracts import Contract
 from turnout.device import SCHEDULE_BLOCK_SIZES
-from turnout.types import Permutation
+from turnout.routing import reference as routing
+from turnout.spec import RouterSpec
+from turnout.types import Permutation, Routing
 
 
 def launch(
@@ -51,6 +53,19 @@ def launch(
         if permutation.block_schedule is not None:
             entries = blocks << 16 | sorted_experts
             _write_at(permutation.block_schedule[row], first[sorted_experts] + blocks, entries, is_used, -1)
+
+
+def launch_routed(
+    router_logits: torch.Tensor,
+    spec: RouterSpec,
+    contract: Contract,
+    tensors: tuple[torch.Tensor | None, ...],
+    out: Routing,
+) -> None:
+    """Route, then write the structures."""
+    weights, ids, *_ = out
+    routing.launch(router_logits, spec, contract, tensors, weights, ids)
+    launch(ids, weights, contract.num_ids(spec.num_experts), contract, out.permutation)
 
 
 def offsets_of(counts: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,13 @@ from turnout.device import MAX_KERNEL_EXPERTS
 from turnout.device.launch import launch_kernel, on_device_of
 from turnout.device.permute import (
     MAX_TILE_SLOTS,
+    ROWS,
     count_slots,
     fill,
     load_experts,
     max_blocks,
     of_expert,
+    permute_in_one_program,
     sort_slots,
     starts_of,
     write_bitmatrix,
@@ -30,64 +32,13 @@ from turnout.device.permute import (
     write_slot_structures,
     write_unused,
 )
-from turnout.types import Permutation
+from turnout.device.routing import route_rows
+from turnout.routing import triton as routing
+from turnout.spec import RouterSpec
+from turnout.types import Permutation, Routing
 
 # Slots that one program orders, in one launch.
 MAX_SLOTS_OF_ONE_LAUNCH = MAX_TILE_SLOTS
-_BLOCK = tl.constexpr(1024)  # elements that a program fills at once
-_ROWS = tl.constexpr(8)  # rows of the bitmatrix, and of the counts, that a program takes at once
-
-
-@triton.jit
-def permute_in_one_program(
-    ids_ptr,  # [T, K]
-    weights_ptr,  # [T, K] or None
-    tokens_per_expert_ptr,
-    expert_offsets_ptr,
-    permuted_idx_ptr,
-    inv_permuted_idx_ptr,
-    sorted_token_ids_ptr,
-    expert_ids_ptr,
-    num_tokens_post_padded_ptr,
-    bitmatrix_ptr,
-    permuted_weights_ptr,
-    block_offsets_ptr,
-    block_schedule_ptr,
-    num_tokens,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Order at most BLOCK_S slots whose ids lie in memory, and write what is not None."""
-    program = tl.program_id(0).to(tl.int64)  # 0
-    num_slots = num_tokens.to(tl.int64) * TOP_K
-    experts = load_experts(ids_ptr, tl.arange(0, BLOCK_S), num_slots, NUM_EXPERTS, BLOCK_E)
-    counts = count_slots(experts, BLOCK_E)
-    write_expert_structures(
-        counts, tokens_per_expert_ptr, expert_offsets_ptr, num_tokens_post_padded_ptr, block_offsets_ptr,
-        NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
-    )  # fmt: skip
-    if bitmatrix_ptr is not None:
-        write_bitmatrix(
-            ids_ptr, bitmatrix_ptr, num_tokens, program, 1, NUM_EXPERTS, TOP_K, _ROWS, BLOCK_K
-        )  # fmt: skip
-    if sorted_token_ids_ptr is not None:
-        end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE) * BLOCK_SIZE
-        fill(sorted_token_ids_ptr, num_slots, program, end, program, 1, _BLOCK)
-        tl.debug_barrier()  # slots are written over it
-    write_unused(
-        counts, num_slots, program, 1,
-        permuted_idx_ptr, expert_ids_ptr, permuted_weights_ptr, block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, _BLOCK,
-    )  # fmt: skip
-    experts, slots = sort_slots(experts, BLOCK_S)
-    write_slot_structures(
-        experts, slots.to(tl.int64), tl.arange(0, BLOCK_S), counts, num_slots, weights_ptr,
-        permuted_idx_ptr, inv_permuted_idx_ptr, sorted_token_ids_ptr, expert_ids_ptr, permuted_weights_ptr,
-        block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -121,6 +72,58 @@ def _permute_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_tokens", "row_stride"])
+def _route_permute_kernel(
+    logits_ptr,  # [T, E], rows row_stride apart
+    scale_ptr,
+    is_padding_ptr,
+    num_valid_ptr,
+    expert_map_ptr,
+    weights_ptr,  # [T, K]
+    ids_ptr,  # [T, K]
+    tokens_per_expert_ptr,
+    expert_offsets_ptr,
+    permuted_idx_ptr,
+    inv_permuted_idx_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    bitmatrix_ptr,
+    permuted_weights_ptr,
+    block_offsets_ptr,
+    block_schedule_ptr,
+    num_tokens,
+    row_stride,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SCALING_FACTOR: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SENTINEL: tl.constexpr,
+    NUM_IDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_LOGITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid: (1,). Route all rows, BLOCK_T at a time, then order their slots."""
+    for start in range(0, num_tokens, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        route_rows(
+            logits_ptr, scale_ptr, is_padding_ptr, num_valid_ptr, expert_map_ptr, weights_ptr, ids_ptr, rows,
+            num_tokens, row_stride, NUM_EXPERTS, TOP_K, RENORMALIZE, SCALING_FACTOR, ROUNDING, SENTINEL, NUM_IDS,
+            BLOCK_T, BLOCK_LOGITS, BLOCK_K,
+        )  # fmt: skip
+    tl.debug_barrier()  # ids and weights are read by other threads than wrote them
+    permute_in_one_program(
+        ids_ptr, weights_ptr, tokens_per_expert_ptr, expert_offsets_ptr, permuted_idx_ptr, inv_permuted_idx_ptr,
+        sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, bitmatrix_ptr, permuted_weights_ptr,
+        block_offsets_ptr, block_schedule_ptr, num_tokens, NUM_IDS, TOP_K, BLOCK_SIZE, BLOCK_S, BLOCK_E, BLOCK_K,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_tokens", "run"])
 def _count_kernel(
     ids_ptr,  # [T, K]
@@ -148,11 +151,9 @@ def _count_kernel(
     tl.store(counts_ptr + program * NUM_EXPERTS + experts, counts, mask=experts < NUM_EXPERTS)
     if sorted_token_ids_ptr is not None:
         end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE) * BLOCK_SIZE
-        fill(sorted_token_ids_ptr, num_slots, 0, end, program, programs, _BLOCK)
+        fill(sorted_token_ids_ptr, num_slots, 0, end, program, programs)
     if bitmatrix_ptr is not None:
-        write_bitmatrix(
-            ids_ptr, bitmatrix_ptr, num_tokens, program, programs, NUM_EXPERTS, TOP_K, _ROWS, BLOCK_K
-        )  # fmt: skip
+        write_bitmatrix(ids_ptr, bitmatrix_ptr, num_tokens, program, programs, NUM_EXPERTS, TOP_K, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "run"])
@@ -185,8 +186,8 @@ def _place_kernel(
     columns = tl.arange(0, BLOCK_E)[None, :]
     counts = tl.zeros([BLOCK_E], tl.int32)
     before = tl.zeros([BLOCK_E], tl.int32)  # slots of programs before this one
-    for start in range(0, programs, _ROWS):
-        rows = start + tl.arange(0, _ROWS)[:, None]
+    for start in range(0, programs, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
         is_count = (rows < programs) & (columns < NUM_EXPERTS)
         tile = tl.load(counts_ptr + rows * NUM_EXPERTS + columns, mask=is_count, other=0)
         counts += tl.sum(tile, axis=0)
@@ -198,7 +199,7 @@ def _place_kernel(
         )  # fmt: skip
     write_unused(
         counts, num_slots, program, programs,
-        permuted_idx_ptr, expert_ids_ptr, permuted_weights_ptr, block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE, _BLOCK,
+        permuted_idx_ptr, expert_ids_ptr, permuted_weights_ptr, block_schedule_ptr, NUM_EXPERTS, BLOCK_SIZE,
     )  # fmt: skip
     next_positions = starts_of(counts) + before
     for start in range(program * run, tl.minimum((program + 1) * run, num_slots), BLOCK_S):
@@ -262,6 +263,39 @@ def launch(
             _launch_one(topk_ids, topk_weights, num_experts, contract, permutation)
         else:
             _launch_two(topk_ids, topk_weights, num_experts, contract, permutation)
+
+
+def launch_routed(
+    router_logits: torch.Tensor,
+    spec: RouterSpec,
+    contract: Contract,
+    tensors: tuple[torch.Tensor | None, ...],
+    out: Routing,
+) -> None:
+    """Route, and write the structures: one launch for few slots, the routing's and two more for many."""
+    weights, ids, *structures = out
+    num_ids = contract.num_ids(spec.num_experts)
+    if router_logits.shape[0] * spec.top_k > MAX_SLOTS_OF_ONE_LAUNCH:
+        routing.launch(router_logits, spec, contract, tensors, weights, ids)
+        launch(ids, weights, num_ids, contract, out.permutation)
+        return
+    routing.check_support(router_logits, spec.num_experts)
+    num_tokens = router_logits.shape[0]
+    tile, num_warps = tile_of_one_launch(num_tokens * spec.top_k)
+    logits_tile = rows_of_one_launch(num_tokens, spec.num_experts, num_warps)
+    *constants, _, block_logits, block_k = routing.constants_of(router_logits.dtype, spec, contract, logits_tile)
+    constants += [contract.block_size or 1, logits_tile.rows, block_logits, tile, experts_of_tile(num_ids), block_k]
+    with on_device_of(router_logits):
+        launch_kernel(
+            _route_permute_kernel, (1, 1, 1), (router_logits, *tensors, weights, ids, *structures),
+            (num_tokens, router_logits.stride(0)), tuple(constants), num_warps,
+        )  # fmt: skip
+
+
+def rows_of_one_launch(num_tokens: int, num_experts: int, num_warps: int) -> routing.Tile:
+    """Rows that one program routes at a time: all, up to 64 logits a thread."""
+    rows = 2048 * num_warps // _next_power_of_2(num_experts)
+    return routing.Tile(max(1, min(rows, _next_power_of_2(max(1, num_tokens)))), num_warps)
 
 
 def _launch_one(

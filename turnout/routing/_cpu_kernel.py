@@ -181,7 +181,7 @@ def softmax_total(floats, halves, code, start, num_experts, top_k, best, scratch
 @njit(nogil=True, cache=True)
 def route_rows(
     logits_address, logits_code, row_stride, num_experts, top_k, renormalize, scaling_factor, rounding_code,
-    scale_address, scale_code, padding_address, valid_address, sentinel,
+    scale_address, scale_code, padding_address, valid_address, sentinel, map_address, num_ids,
     weights_address, weights_code, ids_address, ids_code, first_row, end_row,
 ):  # fmt: skip
     """Route rows first_row to end_row; addresses of absent tensors are 0."""
@@ -193,6 +193,7 @@ def route_rows(
     half_scale = carray(pointer(scale_address), num_experts, np.uint16)
     is_padding = carray(pointer(padding_address), end_row, np.bool_)
     num_valid = carray(pointer(valid_address), 1, np.int32)
+    expert_map = carray(pointer(map_address), num_experts, np.int32)
     weights = carray(pointer(weights_address), end_row * top_k, np.float32)
     half_weights = carray(pointer(weights_address), end_row * top_k, np.uint16)
     ids16 = carray(pointer(ids_address), end_row * top_k, np.int16)
@@ -231,6 +232,11 @@ def route_rows(
                 if scale_address:
                     weight *= load(scale, half_scale, scale_code, expert)
                 weight = round_to(weight * factor, rounding_code)
+                if map_address:
+                    expert = expert_map[expert]
+                    if not 0 <= expert < num_ids:
+                        expert = sentinel
+                        weight = np.float32(0.0)
             store(weights, half_weights, weights_code, slot, weight)
             if ids_code == 0:
                 ids16[slot] = expert

@@ -11,6 +11,8 @@ import torch
 
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
+from turnout.permutation import ops as _permutation  # registers the operators
+from turnout.permutation.api import check_size, check_structures
 from turnout.routing import ops as _ops  # registers the operators
 from turnout.spec import RouterSpec
 from turnout.types import Routing, RoutingInputs
@@ -18,7 +20,7 @@ from turnout.types import Routing, RoutingInputs
 IMPLS = ("reference", "triton", "cpu")
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_INPUTS = RoutingInputs()
-_SUPPORTED_INPUTS = ("per_expert_scale", "is_padding", "num_valid_tokens")
+_SUPPORTED_INPUTS = ("per_expert_scale", "is_padding", "num_valid_tokens", "expert_map", "router_hidden_states")
 _SUPPORTED_FIELDS = {
     "num_experts", "top_k", "input_norm", "input_norm_eps", "projection_dtype", "router_bias", "sorted",
     "renormalize", "routed_scaling_factor", "per_expert_scale", "weights_rounding",
@@ -41,26 +43,28 @@ def route(
     out: Routing | Sequence[torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> Routing:
-    """Choose K of E experts for each token, and write ids and weights as the consumer reads them.
+    """Choose K of E experts for each token, and write ids, weights and structures as the consumer reads them.
 
     One launch on a GPU, one pass over each row on a CPU; the ids and weights are stored in the contract's
-    dtypes by that launch. For any bit pattern of the logits the K ids of a row are distinct and in range, in
-    descending order of the logit (ties to the lowest id, NaN below every number), and the weights are finite (for
-    finite scales whose product with a weight its dtype holds):
-    entries of +inf share the mass, -inf and NaN get 0, and where nothing else was selected all K share alike.
-    A row's result does not depend on the other rows.
+    dtypes by that launch. It also writes the contract's structures for at most 1024 slots; for more, those are written
+    by the launches of `turnout.permute` after it.
+
+    For any bit pattern of the logits the K ids of a row are distinct and in range, in descending order of the logit
+    (ties to the lowest id, NaN below every number), and the weights are finite (for finite scales whose product with a
+    weight its dtype holds): entries of +inf share the mass, -inf and NaN get 0, and where nothing else was selected all
+    K share alike. A row's weights and logical ids do not depend on the other rows.
 
     Args:
         router_logits: [T, E] float32, bfloat16 or float16; rows may be strided, T may be 0.
         spec: what the model computes.
         contract: what the consumer reads.
-        inputs: the per-call tensors that the spec names (per_expert_scale), and padding, if any.
+        inputs: the per-call tensors that spec and contract name (per_expert_scale, expert_map), and padding, if any.
         out: buffers to write into: a `Routing` or ``(topk_weights, topk_ids)``, contiguous [T, K] of the
             contract's dtypes on the logits' device.
         impl: ``"auto"``, or one of ``"reference"``, ``"triton"``, ``"cpu"``; a named one runs or raises.
 
     Returns:
-        `Routing` with ``topk_weights`` [T, K] and ``topk_ids`` [T, K].
+        `Routing` with ``topk_weights`` [T, K] and ``topk_ids`` [T, K], and the structures of the contract.
 
     Raises:
         ValueError: an argument does not fit the others; the message says what was given and what is wanted.
@@ -78,8 +82,12 @@ def route(
     elif impl not in IMPLS:
         raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}; got {impl!r}")
     arguments = (
-        router_logits, declarations, impl, inputs.per_expert_scale, inputs.is_padding, inputs.num_valid_tokens
+        router_logits, declarations, impl, inputs.per_expert_scale, inputs.is_padding, inputs.num_valid_tokens,
+        inputs.expert_map,
     )  # fmt: skip
+    if contract.structures:
+        _check_structures(router_logits, spec, contract, out)
+        return _permutation.routing_of(_permutation.route_permuted(*arguments), contract)
     if out is None:
         return Routing(*_ops.route(*arguments))
     topk_weights, topk_ids = _check_out(out, router_logits, spec, contract)
@@ -100,24 +108,27 @@ def check_declarations(spec: RouterSpec, contract: Contract) -> str:
                 f"route does not run {field.name}={getattr(spec, field.name)!r} yet (RouterSpec.{field.name})"
             )
     if contract.structures:
-        raise NotImplementedError(
-            f"route does not write {', '.join(contract.structures)} yet (Contract.structures); for ids and weights "
-            "alone pass dataclasses.replace(contract, structures=())"
-        )
-    if contract.id_space != "logical":
+        check_structures(contract)
+    if contract.id_space == "physical":
         raise NotImplementedError(f"route does not map ids to id_space={contract.id_space!r} yet")
-    if spec.num_experts - 1 > torch.iinfo(contract.ids_dtype).max:
+    if contract.id_space == "local" and contract.num_local_experts is None:
         raise ValueError(
-            f"ids_dtype={contract.ids_dtype} cannot hold the ids of {spec.num_experts} experts; "
+            "the contract counts the experts of one rank, and has num_local_experts=None; say how many those are: "
+            "dataclasses.replace(contract, num_local_experts=16)"
+        )
+    num_ids = contract.num_ids(spec.num_experts)
+    if num_ids - 1 > torch.iinfo(contract.ids_dtype).max:
+        raise ValueError(
+            f"ids_dtype={contract.ids_dtype} cannot hold the ids of {num_ids} experts; "
             "choose a contract with a wider dtype"
         )
-    if isinstance(contract.sentinel, int) and 0 <= contract.sentinel < spec.num_experts:
+    if isinstance(contract.sentinel, int) and 0 <= contract.sentinel < num_ids:
         raise ValueError(
-            f"sentinel={contract.sentinel} is the id of an expert (num_experts={spec.num_experts}); "
+            f"sentinel={contract.sentinel} is the id of an expert (num_experts={num_ids}); "
             "it must lie outside, for instance -1 or 'num_experts'"
         )
-    if contract.sentinel == "num_experts" and spec.num_experts > torch.iinfo(contract.ids_dtype).max:
-        raise ValueError(f"ids_dtype={contract.ids_dtype} cannot hold the sentinel {spec.num_experts}")
+    if contract.sentinel == "num_experts" and num_ids > torch.iinfo(contract.ids_dtype).max:
+        raise ValueError(f"ids_dtype={contract.ids_dtype} cannot hold the sentinel {num_ids}")
     return _ops.declarations(spec, contract)
 
 
@@ -142,7 +153,7 @@ def route_prepared(
     _check_grad("router_logits", router_logits)
     impl = choose_impl(router_logits, router_logits.shape[1]).impl
     return _ops.route(  # type: ignore[no-any-return]
-        router_logits, prepared, impl, per_expert_scale, None, None
+        router_logits, prepared, impl, per_expert_scale, None, None, None
     )
 
 
@@ -210,7 +221,7 @@ def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contr
     # One chain of identities, since this runs at every call; `_refuse_unsupported` names what is there.
     if not (
         inputs.e_score_correction_bias is inputs.input_ids is inputs.tid2eid is inputs.forced_ids
-        is inputs.expert_map is inputs.logical_to_physical_map is inputs.logical_replica_count
+        is inputs.logical_to_physical_map is inputs.logical_replica_count
         is inputs.expert_load is inputs.replay_ids is None
     ):  # fmt: skip
         _refuse_unsupported(inputs)
@@ -222,8 +233,24 @@ def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contr
         )
     if scale is not None:
         _check_tensor("per_expert_scale", scale, (spec.num_experts,), LOGITS_DTYPES, router_logits.device)
+    if (inputs.expert_map is None) == (contract.id_space == "local"):
+        raise ValueError(
+            f"the contract has id_space={contract.id_space!r}, but RoutingInputs.expert_map is "
+            f"{'missing' if inputs.expert_map is None else 'given'}"
+        )
+    if inputs.expert_map is not None:
+        _check_tensor("expert_map", inputs.expert_map, (spec.num_experts,), (torch.int32,), router_logits.device)
     if inputs.is_padding is not None or inputs.num_valid_tokens is not None:
         _check_padding(router_logits, contract, inputs)
+
+
+def _check_structures(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, out: object) -> None:
+    check_size(router_logits.shape[0], spec.top_k, contract.num_ids(spec.num_experts), contract)
+    if out is not None:
+        raise NotImplementedError(
+            f"route does not write {', '.join(contract.structures)} into buffers yet; leave out= away, or pass "
+            "dataclasses.replace(contract, structures=()) for ids and weights alone"
+        )
 
 
 def _check_padding(router_logits: torch.Tensor, contract: Contract, inputs: RoutingInputs) -> None:

@@ -30,9 +30,7 @@ def launch(
     router_logits: torch.Tensor,
     spec: RouterSpec,
     contract: Contract,
-    per_expert_scale: torch.Tensor | None,
-    is_padding: torch.Tensor | None,
-    num_valid_tokens: torch.Tensor | None,
+    tensors: tuple[torch.Tensor | None, ...],
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> None:
@@ -41,6 +39,7 @@ def launch(
         raise ValueError(
             f"impl='cpu' needs logits on a CPU, got {router_logits.device}; use impl='triton' or impl='auto'"
         )
+    per_expert_scale, is_padding, num_valid_tokens, expert_map = tensors
     num_tokens, num_experts = router_logits.shape
     logits_code = _FLOAT_CODE[router_logits.dtype]
     sentinel = contract.sentinel_id(num_experts)
@@ -50,6 +49,7 @@ def launch(
         logits_code if spec.weights_rounding == "input" else 0,
         _address(per_expert_scale), 0 if per_expert_scale is None else _FLOAT_CODE[per_expert_scale.dtype],
         _address(is_padding), _address(num_valid_tokens), 0 if sentinel is None else sentinel,
+        _address(expert_map), contract.num_ids(num_experts),
         topk_weights.data_ptr(), _FLOAT_CODE[topk_weights.dtype], topk_ids.data_ptr(), _IDS_CODE[topk_ids.dtype],
     )  # fmt: skip
     _in_threads(functools.partial(_kernel(), *arguments), num_tokens, num_experts)

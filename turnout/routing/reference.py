@@ -64,21 +64,24 @@ def launch(
     router_logits: torch.Tensor,
     spec: RouterSpec,
     contract: Contract,
-    per_expert_scale: torch.Tensor | None,
-    is_padding: torch.Tensor | None,
-    num_valid_tokens: torch.Tensor | None,
+    tensors: tuple[torch.Tensor | None, ...],
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> None:
     """Route into the two buffers."""
+    per_expert_scale, is_padding, num_valid_tokens, expert_map = tensors
     weights, ids = route_reference(router_logits, spec, per_expert_scale)
-    padding = torch.zeros(len(ids), dtype=torch.bool, device=ids.device) if is_padding is None else is_padding
+    is_idle = torch.zeros_like(ids, dtype=torch.bool)  # slots that carry no work
+    if expert_map is not None:
+        ids = expert_map.long()[ids]
+        is_idle |= (ids < 0) | (ids >= contract.num_ids(spec.num_experts))
+    if is_padding is not None:
+        is_idle |= is_padding[:, None]
     if num_valid_tokens is not None:
-        padding = padding | (torch.arange(len(ids), device=ids.device) >= num_valid_tokens)
-    if is_padding is not None or num_valid_tokens is not None:
+        is_idle |= (torch.arange(len(ids), device=ids.device) >= num_valid_tokens)[:, None]
+    if not (is_padding is num_valid_tokens is expert_map is None):
         sentinel = contract.sentinel_id(spec.num_experts)
-        assert sentinel is not None, "route refuses padding for a contract without sentinel"
-        weights = weights.masked_fill(padding[:, None], 0.0)
-        ids = ids.masked_fill(padding[:, None], sentinel)
+        assert sentinel is not None, "route refuses padding and local ids for a contract without sentinel"
+        weights, ids = weights.masked_fill(is_idle, 0.0), ids.masked_fill(is_idle, sentinel)
     topk_weights.copy_(weights)
     topk_ids.copy_(ids)
