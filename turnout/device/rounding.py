@@ -6,13 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def round_to(values, DTYPE: tl.constexpr):
-    """Finite float32 values rounded to nearest even in DTYPE, still as float32.
+    """float32 values rounded to nearest even in DTYPE, still as float32; NaN stays NaN.
 
-    bfloat16 is rounded on the bits: Triton's interpreter truncates where the hardware rounds.
+    bfloat16 is rounded on the bits: Triton's interpreter truncates where the hardware rounds. The NaN of NVIDIA's
+    arithmetic has all bits set: rounded like a number, it would become -0.0.
     """
     if DTYPE == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        bits = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000) & -65536
         return bits.to(tl.float32, bitcast=True)
     else:
         return values.to(DTYPE).to(tl.float32)
@@ -32,7 +33,7 @@ def widened(values):
 
 @triton.jit
 def narrowed(values, DTYPE: tl.constexpr):
-    """Finite float32 values rounded to nearest even in DTYPE, in DTYPE; bfloat16 on the bits, as in `widened`."""
+    """float32 values rounded to nearest even in DTYPE, in DTYPE; bfloat16 on the bits, as in `widened`."""
     if DTYPE == tl.bfloat16:
         bits = round_to(values, DTYPE).to(tl.int32, bitcast=True) >> 16
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
