@@ -86,9 +86,9 @@ def test_json_says_where_it_was_measured_and_for_whom_ids_were_written(demo):
     assert result["environment"]["torch"] == torch.__version__
     assert result["environment"]["turnout"] == turnout.__version__
     assert (result["model"]["num_experts"], result["model"]["top_k"], result["model"]["layers"]) == (32, 4, 6)
-    assert result["consumers"]["decode"]["contract_name"] == "transformers.grouped_mm.cpu"
-    assert result["consumers"]["decode"]["impl"] == "cpu"
-    assert result["consumers"]["decode"]["layers"] == 6
+    decode = result["consumers"]["decode"]
+    assert (decode["experts_implementation"], decode["contract_name"]) == ("turnout", "turnout.transformers")
+    assert (decode["impl"], decode["experts_impl"], decode["layers"]) == ("cpu", "cpu", 6)
 
 
 def test_report_has_table_identity_and_verdict(demo):
@@ -139,7 +139,7 @@ def test_twin_shares_every_parameter_and_leaves_the_model_stock():
     ours, theirs = dict(twin.named_parameters()), dict(model.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(ours[name] is theirs[name] for name in ours)
-    assert {row.state for row in turnout.explain(model)} == {"stock"}
+    assert {(row.router.state, row.experts.state) for row in turnout.explain(model)} == {("stock", "stock")}
 
 
 def test_prompts_are_cut_from_the_text_each_from_its_own_place():
@@ -175,7 +175,7 @@ def test_experts_implementation_is_that_of_generate(device, implementation, in_d
         assert config._experts_implementation == expected
 
 
-def test_compiled_turnout_routes_with_turnout_and_decodes_as_stock(monkeypatch):
+def test_compiled_turnout_runs_turnout_and_decodes_as_stock(monkeypatch):
     compile_model = torch.compile  # test_transformers.py runs inductor; here it would only take long
     monkeypatch.setattr(
         torch, "compile", lambda model, mode, **options: compile_model(model, backend="eager", **options)
@@ -189,8 +189,9 @@ def test_compiled_turnout_routes_with_turnout_and_decodes_as_stock(monkeypatch):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         tokens = decoded_tokens(compiled, prompts, 3)
     assert torch.equal(tokens, expected)
-    inside = [e for e in profile.events() if e.name == "turnout::route" and is_in_compiled_region(e)]
-    assert len(inside) == 3 * 2  # steps, layers
+    for operator in ("turnout::route", "turnout::experts"):
+        inside = [e for e in profile.events() if e.name == operator and is_in_compiled_region(e)]
+        assert len(inside) == 3 * 2  # steps, layers
 
 
 def is_in_compiled_region(event):

@@ -14,6 +14,7 @@ from turnout.audit.cli import audit_command, doctor_command
 from turnout.audit.doctor import Effect, examine
 
 pytest.importorskip("transformers")
+import gemma4_models
 
 app = typer.Typer()
 app.command("audit")(audit_command)
@@ -116,7 +117,6 @@ def test_a_region_may_be_named(program) -> None:
         (("--compare", "no.json", "such.json"), "No such file"),
         (("--compare", "no.json", "such.json", "--fail-over", "0"), "--compare does not read --fail-over"),
         (("--model", "tiny", "--device", "foo"), "'foo' is no torch device"),
-        (("--model", "tiny-mixtral", "--apply"), "--apply: turnout.apply cannot replace the routers"),
     ],
 )
 def test_bad_input_exits_with_two_and_one_sentence(program, args, message) -> None:
@@ -136,6 +136,13 @@ def test_bad_input_is_refused_before_the_program_runs(program, bad) -> None:
     assert "half-way" not in result.output
 
 
+def test_a_model_in_which_nothing_can_be_replaced_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("turnout.audit.models.load", lambda name, **_: gemma4_models.drawn_nemotron_h())
+    result = run("audit", "--model", "nemotron", "--apply")
+    assert result.exit_code == 2
+    assert "--apply: turnout.apply replaces nothing in this NemotronHForCausalLM" in words(result.output)
+
+
 class TestDoctor:
     def test_without_a_model_it_looks_at_the_machine(self) -> None:
         result = run("doctor")
@@ -147,14 +154,18 @@ class TestDoctor:
         result = run("doctor", "--model", "tiny")
         assert result.exit_code == 0, result.output
         shown = words(result.output)
-        assert "redundant copies, logits to experts │ 6 │ 0" in shown
-        assert "turnout.apply replaces 6 of 6 routers" in shown
+        assert "redundant copies, logits to layer output │ 12 │ 0" in shown
+        assert "turnout.apply replaces 6 routers and 6 experts of 6 layers" in shown
         assert "grouped_mm" in shown
 
-    def test_a_family_that_is_not_replaced_is_told_that_there_is_no_gain(self) -> None:
+    def test_experts_count_where_the_router_is_not_replaced(self) -> None:
         result = run("doctor", "--model", "tiny-mixtral")
         assert result.exit_code == 0, result.output
-        assert "No gain here: turnout replaces none of these routers yet" in words(result.output)
+        assert "turnout.apply replaces 0 routers and 4 experts of 4 layers" in words(result.output)
+
+    def test_a_family_that_is_not_replaced_is_told_that_there_is_no_gain(self, monkeypatch) -> None:
+        monkeypatch.setattr("turnout.audit.doctor.load", lambda name, **_: gemma4_models.drawn_nemotron_h())
+        assert examine("nemotron").verdict == "No gain here: turnout replaces nothing in this model yet."
 
     @pytest.mark.parametrize(
         ("before", "after", "words"),

@@ -1,8 +1,9 @@
-"""Our own budget is zero: `turnout.route`, outside and inside the operator, and the tiny Gemma 4 with it applied."""
+"""Our own budget is zero, outside and inside the operators: `turnout.route`, and the tiny Gemma 4 with turnout applied."""
 
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import turnout
 from turnout.audit import models
 from turnout.audit.api import audit_calls
 from turnout.audit.decoder import Steps
-from turnout.audit.device_time import measure
+from turnout.audit.device_time import ModuleTime, measure
 
 INSTALLED = any(point.value == "pytest_turnout" for point in entry_points(group="pytest11"))
 pytest_plugins = () if INSTALLED else ("pytest_turnout",)
@@ -42,14 +43,53 @@ class TestRoute:
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
-def test_the_applied_tiny_gemma4_makes_none_between_logits_and_experts(copy_budget, experts) -> None:
-    pytest.importorskip("transformers")
-    model = models.load("tiny", dtype=torch.bfloat16, experts=experts)
-    turnout.apply(model)
+def test_applied_routers_make_none_between_logits_and_stock_experts(copy_budget, experts) -> None:
+    model = applied_tiny_gemma4(stock_experts=experts)
     steps = Steps(model, prefill=8, concurrency=2)
     with torch.no_grad(), copy_budget(0, model=model, region="routing"):
         steps.first()
         steps.next()
+
+
+@pytest.mark.parametrize("region", ["routing", "experts"])
+def test_the_applied_tiny_gemma4_makes_none_from_logits_to_layer_output(copy_budget, region) -> None:
+    model = applied_tiny_gemma4()
+    steps = Steps(model, prefill=8, concurrency=2)
+    with torch.no_grad(), copy_budget(0, model=model, region=region) as budget:
+        steps.first()
+        steps.next()
+    assert any("turnout::experts" in note for note in budget.report.notes)
+
+
+@pytest.mark.parametrize("tokens", [1, 16], ids=["decode", "prefill"])
+def test_none_inside_the_operators_of_an_applied_layer(tokens) -> None:
+    """The recorder does not see inside; the profiler does. What comes before the logits is the model's own."""
+    model = applied_tiny_gemma4()
+    assert copies_in_a_layer(model, tokens) == []
+    model.set_experts_implementation("grouped_mm")
+    assert copies_in_a_layer(model, tokens) != []
+
+
+def copies_in_a_layer(model: Any, tokens: int) -> list[ModuleTime]:
+    """In the experts, and inside of operators that are not torch's."""
+    layer = model.model.layers[0]
+    hidden_states = torch.randn(tokens, 128, dtype=torch.bfloat16)
+
+    def run() -> None:
+        _, topk_weights, topk_ids = layer.router(hidden_states)
+        layer.experts(hidden_states, topk_ids, topk_weights)
+
+    with torch.no_grad():
+        run()
+        (phase,) = measure({"layer": [run]}, layer, "cpu").phases
+    return [row for row in phase.modules if row.inside or row.module.endswith("experts")]
+
+
+def applied_tiny_gemma4(stock_experts: str | None = None) -> Any:
+    pytest.importorskip("transformers")
+    model = models.load("tiny", dtype=torch.bfloat16, experts=stock_experts)
+    turnout.apply(model, experts=stock_experts is None)
+    return model
 
 
 def test_the_budget_would_notice_the_copy_of_pr_40565(copy_budget) -> None:

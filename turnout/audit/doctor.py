@@ -30,7 +30,7 @@ class Effect:
     """What `turnout.apply` does to one decode step of a model, measured here.
 
     Attributes:
-        redundant: redundant copies between router logits and experts, before and after.
+        redundant: redundant copies from router logits to the output of the experts, before and after.
         operators: operators in all, before and after.
         step_ms: median milliseconds of a step, before and after, taken in turns.
         spread_ms: interquartile range of the paired differences.
@@ -92,11 +92,12 @@ def examine(name: str | None) -> Diagnosis:
         verdict = "No gain here: no router (or gate) beside a module called experts was found in the model."
         return Diagnosis(here, name, "", None, verdict)
     layers = turnout.explain(model)
-    replaced = sum(row.contract is not None for row in layers)
-    if not replaced:
-        return Diagnosis(here, name, str(layers), None, "No gain here: turnout replaces none of these routers yet.")
+    routers = sum(row.router.contract is not None for row in layers)
+    experts = sum(row.experts.spec is not None for row in layers)
+    if not routers and not experts:
+        return Diagnosis(here, name, str(layers), None, "No gain here: turnout replaces nothing in this model yet.")
     effect = _measure(model)
-    verdict = f"turnout.apply replaces {replaced} of {len(layers)} routers: {effect.gain}."
+    verdict = f"turnout.apply replaces {routers} routers and {experts} experts of {len(layers)} layers: {effect.gain}."
     return Diagnosis(here, name, str(layers), effect, verdict)
 
 
@@ -119,7 +120,7 @@ def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
         changes = Table(title="One decode step with turnout.apply", title_justify="left")
         for column in ("", "before", "after"):
             changes.add_column(column, justify="right" if column else "left")
-        changes.add_row("redundant copies, logits to experts", *map(str, effect.redundant))
+        changes.add_row("redundant copies, logits to layer output", *map(str, effect.redundant))
         changes.add_row("operators", *map(str, effect.operators))
         changes.add_row("milliseconds", *(f"{ms:.2f}" for ms in effect.step_ms))
         console.print(changes)
@@ -143,7 +144,8 @@ def _measure(model: torch.nn.Module) -> Effect:
 
 
 def _redundant(report: AuditReport) -> int:
-    return sum(f.count for f in report.redundant("routing") if f.phase == "decode")
+    regions = ("routing", "experts")
+    return sum(f.count for region in regions for f in report.redundant(region) if f.phase == "decode")
 
 
 def _operators(report: AuditReport) -> int:

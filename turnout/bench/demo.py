@@ -136,13 +136,15 @@ def _consumers(variant: Variant) -> dict[str, Consumer]:
     consumers = {}
     for phase in ("prefill", "decode"):
         variant.use_experts(phase)
-        layers = [row for row in explain(variant.model) if row.state == "replaced"]
+        rows = [row for row in explain(variant.model) if "replaced" in (row.router.state, row.experts.state)]
+        router, experts = rows[0].router, rows[0].experts
         consumers[phase] = Consumer(
-            layers=len(layers),
-            experts_implementation=str(layers[0].experts_implementation),
-            contract_name=str(layers[0].contract_name),
-            impl=str(layers[0].impl),
-            reason=layers[0].reason,
+            layers=len(rows),
+            experts_implementation=str(experts.implementation),
+            contract_name=str(router.contract_name),
+            impl=str(router.impl),
+            experts_impl=experts.impl if experts.state == "replaced" else None,
+            reason=f"{router.reason}; {experts.reason}",
         )
     return consumers
 

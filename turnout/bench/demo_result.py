@@ -46,10 +46,11 @@ class Consumer:
     """Who reads the routing in a phase.
 
     Attributes:
-        layers: Mixture-of-Experts layers that turnout routes.
+        layers: Mixture-of-Experts layers with something replaced.
         experts_implementation: what transformers runs the experts with.
         contract_name: its entry in `turnout.contracts`.
         impl: of `turnout.route`.
+        experts_impl: of `turnout.experts`; None where the experts are stock.
         reason: why these.
     """
 
@@ -57,6 +58,7 @@ class Consumer:
     experts_implementation: str
     contract_name: str
     impl: str
+    experts_impl: str | None
     reason: str
 
     def __str__(self) -> str:
@@ -116,10 +118,13 @@ class Result:
     def verdict(self) -> str:
         """What changed and why, in plain words."""
         reads = "; ".join(dict.fromkeys(map(str, self.consumers.values())))
+        prefill = self.consumers["prefill"]
         why = (
-            f"in each of its {self.consumers['prefill'].layers} layers one operator does softmax, top-k, normalisation "
-            f"and scale, and stores what the experts read ({reads})"
+            f"in each of its {prefill.layers} layers one operator does softmax, top-k, normalisation and scale, and "
+            f"stores what the experts read ({reads})"
         )
+        if prefill.experts_impl is not None:
+            why += ", and one operator is the experts, down to the weighted sum"
         return f"{verdict(self.rows, self._launches, self._time, why)} {self._answers}".strip()
 
     @property
