@@ -19,8 +19,8 @@ EXAMPLES = hypothesis.settings(
 @st.composite
 def cases(draw):
     """Ids [T, K], those that are nobody's among them; experts of this rank; a map of ids to them, or None."""
-    num_tokens, top_k = draw(st.integers(0, 24)), draw(st.integers(1, 6))
-    num_experts = draw(st.integers(1, 9))
+    num_tokens, top_k = draw(st.integers(0, 24)), draw(st.sampled_from([1, 3, 6]))  # few, as a GPU compiles for each
+    num_experts = draw(st.sampled_from([1, 5, 9]))
     expert_map = None
     if draw(st.booleans()):
         entries = st.lists(st.integers(-2, num_experts + 1), min_size=1, max_size=12)
