@@ -47,12 +47,12 @@ def arguments(spec, dtype, top_k, num_experts, hidden_size, intermediate_size):
 def few_sources(name, model):
     spec, _, top_k, _, hidden_size, intermediate_size = model
     pointers, constants = arguments(*model)
-    for kernel, columns, most, elements in (
-        (few._experts_gate_up_kernel, hidden_size, 4096, 4096),
-        (few._experts_down_kernel, intermediate_size, 1024, 2048),
+    for kernel, tile in (
+        (few._experts_gate_up_kernel, few.gate_up_tile(hidden_size, spec.transposed)),
+        (few._experts_down_kernel, few.down_tile(intermediate_size, spec.transposed)),
     ):
-        tile = few.choose_tile(columns, spec.transposed, most, elements)
-        sizes = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "UNROLL": min(4, top_k)}
+        unroll = few.experts_at_once(top_k, intermediate_size, tile.columns)
+        sizes = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "UNROLL": unroll}
         taken = {each: kind for each, kind in pointers.items() if each in kernel.arg_names}
         yield (kernel.__name__, name), source(kernel, taken, constants | sizes)
 
@@ -78,7 +78,7 @@ def combine_source(with_ids, with_inverse):
     pointers = {"expert_out_ptr": "*bf16", "topk_weights_ptr": "*fp32", "out_ptr": "*bf16"}
     pointers |= {"ids_ptr": "*i64"} if with_ids else {}
     pointers |= {"inv_permuted_ptr": "*i32"} if with_inverse else {}
-    constants = {"HIDDEN": 2816, "TOP_K": 8, "NUM_EXPERTS": 128, "BLOCK_H": 1024}
+    constants = {"HIDDEN": 2816, "TOP_K": 8, "NUM_EXPERTS": 128, "BLOCK_H": 1024, "UNROLL": 8}
     return source(combine._combine_kernel, pointers, constants)
 
 

@@ -21,22 +21,27 @@ def _combine_kernel(
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,  # rows whose loads are in flight at once
 ):
     """Grid: (T, ceil(H / BLOCK_H)). Each program sums BLOCK_H columns of one token's K rows."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_column = columns < HIDDEN
     total = tl.zeros([BLOCK_H], tl.float32)
-    for k in range(TOP_K):
-        slot = token * TOP_K + k
-        weight = widened(tl.load(topk_weights_ptr + slot))
-        row = slot if inv_permuted_ptr is None else tl.load(inv_permuted_ptr + slot).to(tl.int64)
-        is_slot = (row >= 0) & (weight != 0.0)
-        if ids_ptr is not None:
-            expert = tl.load(ids_ptr + slot).to(tl.int64)
-            is_slot = is_slot & (expert >= 0) & (expert < NUM_EXPERTS)
-        values = tl.load(expert_out_ptr + row * row_stride + columns, mask=is_column & is_slot, other=0.0)
-        total += tl.where(is_slot, weight * widened(values), 0.0)
+    for first in range(0, TOP_K, UNROLL):
+        for k in tl.static_range(UNROLL):
+            is_slot = first + k < TOP_K
+            slot = token * TOP_K + first + k
+            weight = widened(tl.load(topk_weights_ptr + slot, mask=is_slot, other=0.0))
+            row = slot
+            if inv_permuted_ptr is not None:
+                row = tl.load(inv_permuted_ptr + slot, mask=is_slot, other=-1).to(tl.int64)
+            is_slot = (row >= 0) & (weight != 0.0)
+            if ids_ptr is not None:
+                expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1).to(tl.int64)
+                is_slot = is_slot & (expert >= 0) & (expert < NUM_EXPERTS)
+            values = tl.load(expert_out_ptr + row * row_stride + columns, mask=is_column & is_slot, other=0.0)
+            total += tl.where(is_slot, weight, 0.0) * widened(values)  # what does not count is not read
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_ptr + token * HIDDEN + columns, narrowed(total, DTYPE), mask=is_column)
 
@@ -69,5 +74,6 @@ def _launch(
     block = min(1024, triton.next_power_of_2(hidden_size))
     _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
         expert_out, topk_weights, inv_permuted_idx, topk_ids, out,
-        expert_out.stride(0), hidden_size, topk_weights.shape[1], num_experts, block, num_warps=4,
+        expert_out.stride(0), hidden_size, topk_weights.shape[1], num_experts, block, min(8, triton.next_power_of_2(topk_weights.shape[1])),
+        num_warps=4,
     )  # fmt: skip

@@ -50,7 +50,6 @@ def _experts_gate_up_kernel(
     gate_row = i * 2 if INTERLEAVED else i
     up_row = gate_row + 1 if INTERLEAVED else gate_row + INTERMEDIATE
     ROW: tl.constexpr = 1 if TRANSPOSED else HIDDEN
-    COLUMN: tl.constexpr = 2 * INTERMEDIATE if TRANSPOSED else 1
     hidden_ptr += (slot // TOP_K) * HIDDEN_STRIDE
     weight_ptr += expert * (2 * INTERMEDIATE * HIDDEN)
     gate_ptrs = weight_ptr + gate_row[:, None] * ROW
@@ -60,11 +59,12 @@ def _experts_gate_up_kernel(
     gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for start in range(0, HIDDEN, BLOCK_COLUMNS):
-        h = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
+        h = start + tl.arange(0, BLOCK_COLUMNS)
+        columns = h.to(tl.int64) * (2 * INTERMEDIATE) if TRANSPOSED else h
         mask = is_row[:, None] & (h < HIDDEN)[None, :]
         hidden = widened(tl.load(hidden_ptr + h, mask=h < HIDDEN, other=0.0))[None, :]
-        gate += widened(tl.load(gate_ptrs + h[None, :] * COLUMN, mask=mask, other=0.0)) * hidden
-        up += widened(tl.load(up_ptrs + h[None, :] * COLUMN, mask=mask, other=0.0)) * hidden
+        gate += widened(tl.load(gate_ptrs + columns[None, :], mask=mask, other=0.0)) * hidden
+        up += widened(tl.load(up_ptrs + columns[None, :], mask=mask, other=0.0)) * hidden
     gate = tl.sum(gate, axis=1)
     up = tl.sum(up, axis=1)
     if bias_ptr is not None:
@@ -91,63 +91,102 @@ def _experts_down_kernel(
     TRANSPOSED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    UNROLL: tl.constexpr,  # experts whose loads are in flight at once
+    UNROLL: tl.constexpr,  # experts whose loads are in flight at once; 0: not even those of one
 ):
     """Grid: (T, ceil(H / BLOCK_ROWS)). Each program computes BLOCK_ROWS outputs of one token from all its experts."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = h < HIDDEN
     ROW: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
-    COLUMN: tl.constexpr = HIDDEN if TRANSPOSED else 1
     row_ptrs = weight_ptr + h[:, None] * ROW
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     biases = tl.zeros([BLOCK_ROWS], tl.float32)
-    for first in range(0, TOP_K, UNROLL):
-        for k in tl.static_range(UNROLL):
+    AT_ONCE: tl.constexpr = max(1, UNROLL)
+    for first in range(0, TOP_K, AT_ONCE):
+        for k in tl.static_range(AT_ONCE):
             slot = token * TOP_K + first + k
             is_slot = first + k < TOP_K
-            expert = tl.load(ids_ptr + slot, mask=is_slot, other=0).to(tl.int64)
+            expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1).to(tl.int64)
             topk_weight = widened(tl.load(topk_weights_ptr + slot, mask=is_slot, other=0.0))
             # What does not count is not read: it may be NaN.
             is_slot = (expert >= 0) & (expert < NUM_EXPERTS) & (topk_weight != 0.0)
+            topk_weight = tl.where(is_slot, topk_weight, 0.0)
             expert = tl.where(is_slot, expert, 0)
-            for start in range(0, INTERMEDIATE, BLOCK_COLUMNS):
-                i = start + tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-                is_column = (i < INTERMEDIATE) & is_slot
-                values = widened(tl.load(activated_ptr + slot * INTERMEDIATE + i, mask=is_column, other=0.0))
-                weight = tl.load(
-                    row_ptrs + expert * (HIDDEN * INTERMEDIATE) + i[None, :] * COLUMN,
-                    mask=is_row[:, None] & is_column[None, :],
-                    other=0.0,
-                )
-                total += tl.where(is_slot, widened(weight) * (topk_weight * values)[None, :], 0.0)
+            value_ptr = activated_ptr + slot * INTERMEDIATE
+            expert_ptrs = row_ptrs + expert * (HIDDEN * INTERMEDIATE)
+            if UNROLL > 0:
+                for start in tl.static_range(0, INTERMEDIATE, BLOCK_COLUMNS):
+                    total = _add_columns(
+                        total, value_ptr, expert_ptrs, topk_weight, is_row, is_slot, start,
+                        HIDDEN, INTERMEDIATE, TRANSPOSED, BLOCK_COLUMNS,
+                    )  # fmt: skip
+            else:
+                for start in range(0, INTERMEDIATE, BLOCK_COLUMNS):
+                    total = _add_columns(
+                        total, value_ptr, expert_ptrs, topk_weight, is_row, is_slot, start,
+                        HIDDEN, INTERMEDIATE, TRANSPOSED, BLOCK_COLUMNS,
+                    )  # fmt: skip
             if bias_ptr is not None:
                 bias = widened(tl.load(bias_ptr + expert * HIDDEN + h, mask=is_row & is_slot, other=0.0))
-                biases += tl.where(is_slot, topk_weight * bias, 0.0)
+                biases += topk_weight * bias
     out = tl.sum(total, axis=1) + biases
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_ptr + token * HIDDEN + h, narrowed(out, DTYPE), mask=is_row)
 
 
+@triton.jit
+def _add_columns(
+    total,  # [rows, BLOCK_COLUMNS]
+    value_ptr,
+    expert_ptrs,
+    topk_weight,
+    is_row,
+    is_slot,
+    start,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """``total`` and the products of BLOCK_COLUMNS columns of an expert, from ``start`` on."""
+    i = start + tl.arange(0, BLOCK_COLUMNS)
+    columns = i.to(tl.int64) * HIDDEN if TRANSPOSED else i
+    is_column = (i < INTERMEDIATE) & is_slot
+    values = widened(tl.load(value_ptr + i, mask=is_column, other=0.0))
+    weight = tl.load(expert_ptrs + columns[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
+    return total + widened(weight) * (topk_weight * values)[None, :]
+
+
 class Tile(NamedTuple):
-    """Rows of a weight that a program multiplies, and columns that it takes at a time."""
+    """Rows of a weight that a program multiplies, columns that it takes at a time, and its warps.
+
+    The fastest on an H100 (benchmarks/results). Of transposed weights it is rows that lie together: a square.
+    """
 
     rows: int
     columns: int
+    num_warps: int
 
 
-NUM_WARPS = 4
-
-
-def choose_tile(num_columns: int, transposed: bool, most_columns: int, elements: int) -> Tile:
-    """The fastest tile on an H100 (benchmarks/results): a row whole, as far as the registers hold it.
-
-    Of transposed weights, whose rows are what lies together, a square.
-    """
+def gate_up_tile(hidden_size: int, transposed: bool) -> Tile:
+    """A row whole, as far as the registers hold it."""
     if transposed:
-        return Tile(64, 64)
-    columns = min(most_columns, max(32, triton.next_power_of_2(num_columns)))
-    return Tile(elements // columns, columns)
+        return Tile(64, 64, 4)
+    columns = min(4096, max(32, triton.next_power_of_2(hidden_size)))
+    return Tile(4096 // columns, columns, 4)
+
+
+def down_tile(intermediate_size: int, transposed: bool) -> Tile:
+    """Little at a time, and all experts of a token."""
+    if transposed:
+        return Tile(64, 64, 4)
+    columns = min(256, max(32, triton.next_power_of_2(intermediate_size)))
+    return Tile(512 // columns, columns, 1)
+
+
+def experts_at_once(top_k: int, intermediate_size: int, columns: int) -> int:
+    """Experts that `_experts_down_kernel` unrolls: all, unless that makes a large kernel."""
+    return int(min(triton.next_power_of_2(top_k), 32 // triton.cdiv(intermediate_size, columns)))
 
 
 def launch(
@@ -171,22 +210,21 @@ def launch(
     sizes = (top_k, num_experts, hidden_size, intermediate_size, spec.transposed)
     activation = (spec.activation, spec.activation_alpha, spec.activation_limit, spec.up_offset)
     with on_device_of(hidden_states):
-        tile = choose_tile(hidden_size, spec.transposed, 4096, 4096)
+        tile = gate_up_tile(hidden_size, spec.transposed)
         launch_kernel(
             _experts_gate_up_kernel,
             (num_tokens * top_k, triton.cdiv(intermediate_size, tile.rows), 1),
             (hidden_states, weights.gate_up_proj, weights.gate_up_bias, routing.topk_ids, values),
             (),
-            (hidden_states.stride(0), *sizes, spec.interleaved, *activation, *tile),
-            NUM_WARPS,
+            (hidden_states.stride(0), *sizes, spec.interleaved, *activation, tile.rows, tile.columns),
+            tile.num_warps,
         )
-        tile = choose_tile(intermediate_size, spec.transposed, 1024, 2048)
-        unroll = max(1, min(triton.next_power_of_2(top_k), 16 * tile.columns // intermediate_size))
+        tile = down_tile(intermediate_size, spec.transposed)
         launch_kernel(
             _experts_down_kernel,
             (num_tokens, triton.cdiv(hidden_size, tile.rows), 1),
             (values, weights.down_proj, weights.down_bias, routing.topk_ids, routing.topk_weights, out),
             (),
-            (*sizes, *tile, unroll),
-            NUM_WARPS,
+            (*sizes, tile.rows, tile.columns, experts_at_once(top_k, intermediate_size, tile.columns)),
+            tile.num_warps,
         )
