@@ -69,15 +69,10 @@ def _allocate_routing(router_logits: torch.Tensor, declarations: str) -> list[to
     return [*_routing.allocate(router_logits, spec, contract), *structures]
 
 
-@functools.cache
-def asked_for(structures: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in the order of `turnout.Permutation`."""
-    return tuple(name for name in STRUCTURES if name in structures)
-
-
 def permutation_of(buffers: list[torch.Tensor], contract: Contract) -> Permutation:
     """The operator's results, by name."""
-    return Permutation(**dict(zip(asked_for(contract.structures), buffers, strict=True)))
+    remaining = iter(buffers)
+    return Permutation(*[next(remaining) if name in contract.structures else None for name in STRUCTURES])
 
 
 def routing_of(results: list[torch.Tensor], contract: Contract) -> Routing:
@@ -90,12 +85,18 @@ def max_blocks(num_slots: int, num_experts: int, block_size: int) -> int:
     return (num_slots + torch.sym_min(num_slots, num_experts) * (block_size - 1)) // block_size  # type: ignore[no-any-return]
 
 
+@functools.cache
+def _asked_for(structures: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in the order of `turnout.Permutation`."""
+    return tuple(name for name in STRUCTURES if name in structures)
+
+
 def allocate(beside: torch.Tensor, top_k: int, num_experts: int, contract: Contract) -> list[torch.Tensor]:
     """Buffers for what the contract asks for, where ``beside`` [T, any] lies, in the order of `turnout.Permutation`."""
     num_tokens, device = beside.shape[0], beside.device
     num_slots, block_size = num_tokens * top_k, contract.block_size or 1
     buffers = []
-    for name in asked_for(contract.structures):
+    for name in _asked_for(contract.structures):
         dtype = contract.structures_dtype
         shape: tuple[int, ...]
         match name:
