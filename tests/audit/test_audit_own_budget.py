@@ -1,4 +1,4 @@
-"""Our own budget is zero, outside and inside the operators: `turnout.route`, and the tiny Gemma 4 with turnout applied."""
+"""Our own budget is zero, outside and inside the operators: `turnout.route`, and an applied tiny Gemma 4."""
 
 from __future__ import annotations
 
