@@ -6,7 +6,8 @@ its batch. Where many tokens share experts, ``grouped`` reads less.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -193,7 +194,7 @@ def launch(
     hidden_states: torch.Tensor, weights: ExpertsWeights, routing: Routing, spec: ExpertsSpec, out: torch.Tensor
 ) -> None:
     """Run the experts of every token into ``out`` with two launches."""
-    num_tokens, hidden_size = hidden_states.shape
+    num_tokens = hidden_states.shape[0]
     if hidden_states.is_cpu and isinstance(_experts_gate_up_kernel, triton.JITFunction):
         raise ValueError(
             "impl='triton' needs tokens on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
@@ -201,30 +202,60 @@ def launch(
         )
     if num_tokens == 0:
         return
-    num_experts, top_k = weights.down_proj.shape[0], routing.topk_ids.shape[1]
-    intermediate_size = weights.down_proj.shape[1 if spec.transposed else 2]
+    top_k = routing.topk_ids.shape[1]
+    gate_up, down = _plan(spec, top_k, *weights.down_proj.shape, hidden_states.stride(0))
     values = torch.empty_strided(
-        (num_tokens * top_k, intermediate_size), (intermediate_size, 1),
+        (num_tokens * top_k, gate_up.num_rows), (gate_up.num_rows, 1),
         dtype=hidden_states.dtype, device=hidden_states.device,
     )  # fmt: skip
-    sizes = (top_k, num_experts, hidden_size, intermediate_size, spec.transposed)
-    activation = (spec.activation, spec.activation_alpha, spec.activation_limit, spec.up_offset)
     with on_device_of(hidden_states):
-        tile = gate_up_tile(hidden_size, spec.transposed)
         launch_kernel(
             _experts_gate_up_kernel,
-            (num_tokens * top_k, triton.cdiv(intermediate_size, tile.rows), 1),
+            (num_tokens * top_k, gate_up.programs, 1),
             (hidden_states, weights.gate_up_proj, weights.gate_up_bias, routing.topk_ids, values),
             (),
-            (hidden_states.stride(0), *sizes, spec.interleaved, *activation, tile.rows, tile.columns),
-            tile.num_warps,
+            gate_up.constants,
+            gate_up.num_warps,
         )
-        tile = down_tile(intermediate_size, spec.transposed)
         launch_kernel(
             _experts_down_kernel,
-            (num_tokens, triton.cdiv(hidden_size, tile.rows), 1),
+            (num_tokens, down.programs, 1),
             (values, weights.down_proj, weights.down_bias, routing.topk_ids, routing.topk_weights, out),
             (),
-            (*sizes, tile.rows, tile.columns, experts_at_once(top_k, intermediate_size, tile.columns)),
-            tile.num_warps,
+            down.constants,
+            down.num_warps,
         )
+
+
+class _Launch(NamedTuple):
+    """What a launch needs beside its tensors."""
+
+    num_rows: int  # of the result, for each slot or token
+    programs: int  # that share them
+    constants: tuple[Any, ...]
+    num_warps: int
+
+
+@functools.cache
+def _plan(
+    spec: ExpertsSpec, top_k: int, num_experts: int, rows: int, columns: int, hidden_stride: int
+) -> tuple[_Launch, _Launch]:
+    """The two launches for weights down_proj [E, rows, columns]."""
+    hidden_size, intermediate_size = (columns, rows) if spec.transposed else (rows, columns)
+    sizes = (top_k, num_experts, hidden_size, intermediate_size, spec.transposed)
+    activation = (spec.activation, spec.activation_alpha, spec.activation_limit, spec.up_offset)
+    tile = gate_up_tile(hidden_size, spec.transposed)
+    gate_up = _Launch(
+        intermediate_size,
+        triton.cdiv(intermediate_size, tile.rows),
+        (hidden_stride, *sizes, spec.interleaved, *activation, tile.rows, tile.columns),
+        tile.num_warps,
+    )
+    tile = down_tile(intermediate_size, spec.transposed)
+    down = _Launch(
+        hidden_size,
+        triton.cdiv(hidden_size, tile.rows),
+        (*sizes, tile.rows, tile.columns, experts_at_once(top_k, intermediate_size, tile.columns)),
+        tile.num_warps,
+    )
+    return gate_up, down
