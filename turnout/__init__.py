@@ -7,6 +7,7 @@ from turnout._version import __version__
 from turnout.combine.api import combine
 from turnout.contracts import CatalogueEntry, Contract, contracts
 from turnout.experts.api import experts
+from turnout.integrations.compressed_tensors import load_quantized
 from turnout.integrations.transformers import apply, explain, restore
 from turnout.moe import moe
 from turnout.permutation.api import permute
@@ -34,6 +35,7 @@ __all__ = [
     "contracts",
     "experts",
     "explain",
+    "load_quantized",
     "moe",
     "permute",
     "restore",

@@ -86,6 +86,30 @@ def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: Ex
         check_tensor(f"{name}_scale", getattr(weights, f"{name}_scale"), (*shape, groups), SCALE_DTYPES, beside)
 
 
+def empty_weights(
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    spec: ExpertsSpec,
+    *,
+    scale_dtype: torch.dtype,
+    device: torch.device | str,
+) -> ExpertsWeights:
+    """Weights in the form of a spec's scheme, not yet written."""
+    scheme = SCHEMES[spec.quantization]
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        stored = columns // INT4_PER_INT32 if scheme.weight_bits == 4 else columns
+        return torch.empty(num_experts, rows, stored, dtype=scheme.weight_dtype, device=device)
+
+    def scale(rows: int, columns: int) -> torch.Tensor:
+        groups = columns // (spec.group_size or columns)
+        return torch.empty(num_experts, rows, groups, dtype=scale_dtype, device=device)
+
+    gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+    return ExpertsWeights(weight(*gate_up), weight(*down), gate_up_scale=scale(*gate_up), down_scale=scale(*down))
+
+
 def quantize_activations(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row by its largest magnitude.
 
