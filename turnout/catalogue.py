@@ -17,6 +17,10 @@ from turnout.contracts import CatalogueEntry, Contract
 INT32 = Contract(ids_dtype=torch.int32)
 INT64 = Contract(ids_dtype=torch.int64)
 ALIGNED = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+MATMUL_OGS = (
+    "tokens_per_expert", "expert_offsets", "permuted_idx", "inv_permuted_idx", "permuted_weights", "block_offsets",
+    "block_schedule",
+)  # fmt: skip
 
 TRANSFORMERS_MOE = "src/transformers/integrations/moe.py"
 TRANSFORMERS_EP = "src/transformers/distributed/expert_parallel.py"
@@ -160,6 +164,19 @@ TRITON_KERNELS = (
         commit="4ba787ec9",
         versions=">=3.5,<3.8",
         note="The copy of 3.5.1 in vLLM v0.33.0. A slot without work has weight -1 for matmul_ogs.",
+    ),
+    _read(
+        name="triton_kernels.matmul_ogs",
+        contract=Contract(ids_dtype=torch.int16, weights_dtype=torch.bfloat16, sentinel=-1, structures=MATMUL_OGS),
+        reads="RoutingData, GatherIndx and ScatterIndx: int32 counts, offsets, both permutations and the schedule of "
+        "blocks of each size; the weights in permuted order.",
+        repository="vllm-project/vllm",
+        path="vllm/third_party/triton_kernels/matmul_ogs.py",
+        commit="v0.26.0",
+        versions=">=3.5,<3.6",
+        also_accepts=(torch.int32, torch.uint32, torch.int64),
+        note="What its own routing computes from the ids, in two launches after the top-k; the ids themselves are not "
+        "read. Any float dtype of the weights. turnout.integrations.triton_kernels makes its objects.",
     ),
 )
 
