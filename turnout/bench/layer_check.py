@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from turnout.bench.layer_case import Case, Geometry, LayerInputs
+from turnout.bench.layer_case import Case, LayerInputs
+from turnout.testing.experts import ERROR_RATIO, ExpertsInputs, plain_run
 from turnout.types import Routing
 
-ERROR_RATIO = 2.0  # of a plain run in the model's dtype, against float64
 _POISON_COPIES = 8
 
 
@@ -51,21 +51,20 @@ class Expected(NamedTuple):
 def expected_output(case: Case, i: int) -> Expected:
     """What the i-th call should give, from the reference's routing and its experts in float64."""
     given, routing = case.at(i), case.routing(i)
-    exact = run_experts(given, routing, case.geometry, torch.float64)
-    expected = Expected(exact, 0.0, given.hidden_states.dtype)
-    plain = run_experts(given, routing, case.geometry, given.hidden_states.dtype)
+    expected = Expected(exact_output(given, routing, case.geometry.activation), 0.0, given.hidden_states.dtype)
+    plain = plain_run(ExpertsInputs(given.hidden_states, given.weights, routing, case.geometry.experts_spec))
     return expected._replace(plain_error=expected.error_of(plain))
 
 
-def run_experts(given: LayerInputs, routing: Routing, geometry: Geometry, dtype: torch.dtype) -> torch.Tensor:
-    """The experts one by one, each operation in ``dtype``, as the loop of a stock model computes them."""
-    out = torch.zeros(given.hidden_states.shape, dtype=dtype, device=given.hidden_states.device)
+def exact_output(given: LayerInputs, routing: Routing, activation: str) -> torch.Tensor:
+    """The experts one by one in float64, on the device of the weights: a CPU takes minutes at full size."""
+    out = torch.zeros(given.hidden_states.shape, dtype=torch.float64, device=given.hidden_states.device)
     for expert in routing.topk_ids.unique().tolist():
         token, k = (routing.topk_ids == expert).nonzero(as_tuple=True)
-        hidden = given.hidden_states[token].to(dtype)
-        gate, up = (hidden @ given.weights.gate_up_proj[expert].to(dtype).T).chunk(2, dim=-1)
-        values = (_activation(gate, geometry.activation) * up) @ given.weights.down_proj[expert].to(dtype).T
-        out.index_add_(0, token, (values * routing.topk_weights[token, k, None]).to(dtype))
+        hidden = given.hidden_states[token].double()
+        gate, up = (hidden @ given.weights.gate_up_proj[expert].double().T).chunk(2, dim=-1)
+        values = (_activation(gate, activation) * up) @ given.weights.down_proj[expert].double().T
+        out.index_add_(0, token, values * routing.topk_weights[token, k, None])
     return out
 
 
