@@ -196,6 +196,21 @@ def test_rows_with_nothing_to_do_are_zero(impl, device):
         assert out[[0, 2, 3]].isfinite().all()
 
 
+def test_a_tile_ends_with_its_experts_rows(kernel_device):
+    """Rows past the last expert's keep what memory held: a tile that ran on would reach into the next expert's, too."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    layer = make_layer("silu", device=kernel_device, num_experts=3)
+    rows, counts = torch.ones(9, HIDDEN, device=kernel_device), torch.tensor([2, 0, 3], dtype=torch.int32)
+    weights = turnout.ExpertsWeights(layer.w13, layer.w2)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        outputs = remapped_experts(rows, counts.to(kernel_device), weights, layer._spec, impl="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert outputs[:5].isfinite().all()
+    assert outputs[5:].isnan().all()
+
+
 def test_the_functions_by_themselves(kernel_device):
     """The consumer's three calls, by position and by name, on buffers that nobody zeroed."""
     ids = make_ids("uniform", 6, 3, EXPERTS, torch.int32, kernel_device)

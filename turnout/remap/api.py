@@ -120,7 +120,7 @@ def remapped_experts(
         impl: as in `remap_hidden_states`.
 
     Returns:
-        [S, H], each row's output. Rows that belong to no expert are not written: `turnout.combine` does not read them.
+        [S, H], each row's output. Rows that belong to no expert hold anything: `turnout.combine` does not read them.
 
     Raises:
         ValueError: an argument does not fit the others; the message says what was given and what is wanted.
