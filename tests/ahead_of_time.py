@@ -8,6 +8,7 @@ import json
 
 import ahead_of_time_bench
 import ahead_of_time_permutation
+import ahead_of_time_quantized
 import ahead_of_time_remap
 import torch
 import triton
@@ -73,10 +74,14 @@ def main():
     sources = {("_route_kernel", name): route_source(*case) for name, case in route_cases().items()}
     sources |= ahead_of_time_bench.sources()
     sources |= ahead_of_time_permutation.sources()
+    sources |= ahead_of_time_quantized.sources()
     sources |= ahead_of_time_remap.sources()
     compiled = []
     for ((kernel, case), source), (target, gpu) in itertools.product(sources.items(), TARGETS.items()):
-        result = triton.compile(source, target=gpu, options={"num_warps": 1})
+        if target in ahead_of_time_quantized.NOT_FOR.get(case, ()):
+            continue
+        num_warps = ahead_of_time_quantized.NUM_WARPS if case in ahead_of_time_quantized.CASES else 1
+        result = triton.compile(source, target=gpu, options={"num_warps": num_warps})
         code = {kind: len(result.asm[kind]) for kind in ("cubin", "hsaco") if kind in result.asm}
         compiled.append({"kernel": kernel, "case": case, "target": target, "code": code, "ttir": result.asm["ttir"]})
     print(json.dumps(compiled))
