@@ -265,13 +265,14 @@ def _launch_gate_up(
     top_k: int,
 ) -> None:
     num_slots, intermediate_size = values.shape
-    tile = _fitted(GATE_UP_TILES[_rows_of(blocks)], 2, values)
+    tile = _fitted(GATE_UP_TILES[_rows_of(blocks)], 2, hidden_states)
+    hidden_stride = hidden_states.stride(0) if len(hidden_states) > 1 else 0  # of one row it may be anything
     weight, is_descriptor = _weight_argument(weights.gate_up_proj, spec, tile)
     num_blocks = blocks.expert_ids.numel()  # type: ignore[union-attr]
     _grouped_gate_up_kernel[(num_blocks * triton.cdiv(intermediate_size, tile.columns),)](
         hidden_states, weight, weights.gate_up_bias,
         blocks.sorted_token_ids, blocks.expert_ids, blocks.num_tokens_post_padded, values, num_slots, num_blocks,
-        hidden_states.stride(0), top_k, hidden_states.shape[1], intermediate_size, spec.transposed, spec.interleaved,
+        hidden_stride, top_k, hidden_states.shape[1], intermediate_size, spec.transposed, spec.interleaved,
         spec.activation, spec.activation_alpha, spec.activation_limit, spec.up_offset, is_descriptor,
         *tile[:4], num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -292,12 +293,16 @@ def _launch_down(
     )  # fmt: skip
 
 
-def _fitted(tile: Tile, num_weights: int, beside: torch.Tensor) -> Tile:
-    """The tile with as many stages as the shared memory holds; shallow for float32, which is multiplied exactly."""
-    if beside.element_size() == 4:
-        tile = tile._replace(depth=EXACT_DEPTH)
-    stage = (tile.rows + num_weights * tile.columns) * tile.depth * beside.element_size()
-    return tile._replace(num_stages=max(1, min(tile.num_stages, _shared_memory(beside.get_device()) // stage)))
+def _fitted(tile: Tile, num_weights: int, rows: torch.Tensor) -> Tile:
+    """The tile for products with the rows of a tensor, with as many stages as the shared memory holds.
+
+    It is shallow for float32, which is multiplied exactly, and at most half as deep as the rows are long: of a single
+    step the compiler makes a sum that starts from the bias, and a row's bits would depend on the size of its block.
+    """
+    most = EXACT_DEPTH if rows.element_size() == 4 else tile.depth
+    tile = tile._replace(depth=min(most, max(16, triton.next_power_of_2(rows.shape[1]) // 2)))
+    stage = (tile.rows + num_weights * tile.columns) * tile.depth * rows.element_size()
+    return tile._replace(num_stages=max(1, min(tile.num_stages, _shared_memory(rows.get_device()) // stage)))
 
 
 @functools.cache

@@ -203,7 +203,8 @@ def launch(
     if num_tokens == 0:
         return
     top_k = routing.topk_ids.shape[1]
-    gate_up, down = _plan(spec, top_k, *weights.down_proj.shape, hidden_states.stride(0))
+    hidden_stride = hidden_states.stride(0) if num_tokens > 1 else 0  # of one row it may be anything
+    gate_up, down = _plan(spec, top_k, *weights.down_proj.shape, hidden_stride)
     values = torch.empty_strided(
         (num_tokens * top_k, gate_up.num_rows), (gate_up.num_rows, 1),
         dtype=hidden_states.dtype, device=hidden_states.device,
