@@ -96,9 +96,9 @@ def run(layer, hidden_states, topk_weights, topk_ids, expert_map, impl):
     output = torch.full_like(hidden_states, torch.nan)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
-        if hidden_states.is_cpu and impl == "triton" and len(hidden_states) > 16:  # the interpreter's gather is slow
+        if hidden_states.is_cpu and impl == "triton" and len(hidden_states) > 16:  # the GEMMs alone: the rest is slow
             expert_map = layer.expert_map if expert_map is None else expert_map
-            remapped = remap(hidden_states, topk_ids, layer.num_experts, expert_map=expert_map, impl=impl)
+            remapped = remap(hidden_states, topk_ids, layer.num_experts, expert_map=expert_map, impl="cpu")
             weights = turnout.ExpertsWeights(layer.w13, layer.w2, layer.w13_bias, layer.w2_bias)
             outputs = remapped_experts(*remapped[:2], weights, layer._spec, impl=impl)
             turnout.combine(outputs, topk_weights, remapped.inv_permuted_idx, out=output, impl="cpu")
