@@ -68,6 +68,16 @@ def _weight_tile(
         return tl.load(weight + rows[None, :] * ROW + columns[:, None] * COLUMN, mask=mask, other=0.0)
 
 
+@triton.jit
+def _add_product(total, rows, weight_tile, is_slot):
+    """``total + rows @ weight_tile`` for the rows that are slots."""
+    if rows.dtype == tl.float32:
+        # Step by step, where the compiler would make one long sum of it: that errs more than float32 need.
+        return total + tl.where(is_slot[:, None], tl.dot(rows, weight_tile, input_precision="ieee"), 0.0)
+    else:
+        return tl.dot(rows, weight_tile, total)
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def _grouped_gate_up_kernel(
     hidden_ptr,  # [T, H], rows HIDDEN_STRIDE apart
@@ -119,8 +129,8 @@ def _grouped_gate_up_kernel(
         up_weight = _weight_tile(
             weight, expert, up_row, start, 2 * INTERMEDIATE, HIDDEN, TRANSPOSED, BLOCK_K, IS_DESCRIPTOR
         )
-        gate = tl.dot(hidden, gate_weight, gate, input_precision="ieee")
-        up = tl.dot(hidden, up_weight, up, input_precision="ieee")
+        gate = _add_product(gate, hidden, gate_weight, is_slot)
+        up = _add_product(up, hidden, up_weight, is_slot)
     if bias_ptr is not None:
         bias_ptr += expert * (2 * INTERMEDIATE)
         gate += widened(tl.load(bias_ptr + gate_row, mask=is_row, other=0.0))[None, :]
@@ -167,7 +177,7 @@ def _grouped_down_kernel(
         mask = is_slot[:, None] & (columns < INTERMEDIATE - start)[None, :]
         values = tl.load(value_ptrs + start, mask=mask, other=0.0)
         weight_tile = _weight_tile(weight, expert, h, start, HIDDEN, INTERMEDIATE, TRANSPOSED, BLOCK_K, IS_DESCRIPTOR)
-        out = tl.dot(values, weight_tile, out, input_precision="ieee")
+        out = _add_product(out, values, weight_tile, is_slot)
     if bias_ptr is not None:
         bias_ptr += expert * HIDDEN
         out += widened(tl.load(bias_ptr + h, mask=is_row, other=0.0))[None, :]
