@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from allocations import peak_allocation
 from quantized_cases import SCHEME_IDS, SCHEMES, Sizes, check_errors, draw
 from torch.library import opcheck
 
@@ -122,18 +123,6 @@ def large_layer(scheme, device, num_tokens=1):
     ids = torch.arange(4 * num_tokens, device=device).view(num_tokens, 4) % 16
     routing = turnout.Routing(torch.rand(num_tokens, 4, device=device), ids)
     return (hidden_states, made, routing, spec), sum(tensor.nbytes for tensor in made if tensor is not None)
-
-
-def peak_allocation(call):
-    """The most bytes that torch's CPU allocator has out during a call, above what it had before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 def test_the_measure_of_memory_sees_allocations():

@@ -54,7 +54,7 @@ def load_quantized(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model: Any = getattr(transformers, config.architectures[0])._from_config(config, dtype=dtype or config.dtype)
+        model: Any = _model_class(folder, config)._from_config(config, dtype=dtype or config.dtype)
     checkpoint = _Checkpoint(folder, torch.device(device))
     replaced = dict(_replace_experts(model, checkpoint, recipe))
     if not replaced:
@@ -110,6 +110,18 @@ def _quantization_config(folder: Path) -> dict[str, Any]:
             f"{SCHEMES_RUN}"
         )
     return found  # type: ignore[no-any-return]
+
+
+def _model_class(folder: Path, config: Any) -> Any:
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    if name is None or not hasattr(transformers, name):
+        raise ValueError(
+            f"{folder}/config.json has architectures={config.architectures}, of which transformers "
+            f"{transformers.__version__} knows no class; name one, for instance ['Gemma4ForCausalLM']"
+        )
+    return getattr(transformers, name)
 
 
 class _Checkpoint:
