@@ -99,6 +99,41 @@ def routing_command(
     typer.echo(table(result))
 
 
+@bench_app.command("transformers")
+def transformers_command(
+    json: Annotated[Path, typer.Option(help="File that the result is written to, scenario by scenario.")],
+    device: Annotated[str, typer.Option(help="cuda, xpu or cpu; the model takes 50 GB there.")] = "cuda",
+    tiny: Annotated[bool, typer.Option("--tiny", help="Two small layers, to try the benchmark itself.")] = False,
+    requests: Annotated[str, typer.Option(help="Requests at a time, with commas.")] = "1,16",
+    prefill: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 128,
+    decode: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 8,
+    rounds: Annotated[int | None, typer.Option(min=2, help="Of each scenario; left out, 6 to 25 within 5 s.")] = None,
+    compiled: Annotated[bool, typer.Option(help="Also under torch.compile with a static cache.")] = True,
+) -> None:
+    """A decode step of Gemma 4 26B-A4B with random weights in transformers: stock and turnout, eager and compiled."""
+    from rich.console import Console
+
+    from turnout.bench.whole_model import Settings, run, table
+
+    def write(result: dict[str, object]) -> None:
+        json.write_text(json_module.dumps(result, indent=1) + "\n")
+
+    try:
+        settings = Settings(
+            device=device,
+            tiny=tiny,
+            requests=_numbers("--requests", requests),
+            prompt_tokens=prefill,
+            decode=decode,
+            rounds=rounds,
+            compiled=compiled,
+        )
+        rows = run(settings, lambda step: typer.echo(step, err=True), write)
+    except ValueError as error:
+        _refuse(str(error), error)
+    Console(width=100).print(table(rows))
+
+
 @bench_app.command("layer")
 def layer_command(
     json: Annotated[Path, typer.Option(help="File that the result is written to, row by row.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ class Kernel(NamedTuple):
     us: float
 
 
+# The runtime calls of CUDA and HIP; Level Zero has no graphs that torch replays.
+_GRAPH_LAUNCH = re.compile("(cuda|hip)GraphLaunch")
+
+
 class Counts(NamedTuple):
     """Copies and launches of one call.
 
@@ -30,6 +35,8 @@ class Counts(NamedTuple):
     copies: int  # calls of aten::copy_
     copy_share: float  # their share of the device time, 0 to 1; of the time in operators on a CPU
     launches: int  # kernels and memory operations; on a CPU: operators, those inside other operators left out
+    device_ms: float = 0.0  # the device time: of all launches; of all operators on a CPU
+    graphs: int = 0  # device graphs replayed; what they launch is counted above
 
 
 def count(call: Callable[[], object], device: torch.device) -> Counts:
@@ -50,7 +57,8 @@ def count(call: Callable[[], object], device: torch.device) -> Counts:
         copy_us = sum(kernel.duration for event in copies for kernel in event.kernels)
         device_us = sum(event.time_range.elapsed_us() for event in launched)
         launches = len(launched)
-    return Counts(len(copies), copy_us / device_us if device_us else 0.0, launches)
+    graphs = sum(_GRAPH_LAUNCH.match(event.name) is not None for event in events)
+    return Counts(len(copies), copy_us / device_us if device_us else 0.0, launches, device_us / 1e3, graphs)
 
 
 def kernels(call: Callable[[int], object], device: torch.device, calls: int = 4) -> list[Kernel]:
