@@ -171,6 +171,7 @@ def save_compressed(model, folder):
 
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
