@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 pytest.importorskip("transformers", reason="transformers is not installed")
 from gemma4_models import (
     drawn_conditional_generation,
-    drawn_gemma4,
     left_padded_prompts,
     logits_of,
     routers_of,
@@ -18,6 +17,7 @@ from gemma4_models import (
 )  # fmt: skip
 
 from turnout.integrations.transformers import apply, restore
+from turnout.testing.bits_per_byte import bits_per_byte
 from turnout.testing.tiny import load_tiny_gemma4
 
 
@@ -52,6 +52,13 @@ def test_greedy_tokens_equal_stock_for_16_left_padded_prompts(model, cache):
     stock = model.generate(**batch, **arguments)
     apply(model)
     assert torch.equal(model.generate(**batch, **arguments), stock)
+
+
+@pytest.mark.parametrize("experts", [True, False], ids=["router and experts", "router"])
+def test_bits_per_byte_equal_stock_to_four_digits_in_float32(model, experts):
+    stock = bits_per_byte(model, text_ids(2049)[0])
+    apply(model, experts=experts)
+    assert f"{bits_per_byte(model, text_ids(2049)[0]):.4f}" == f"{stock:.4f}"
 
 
 def test_sampled_tokens_equal_stock_from_the_same_seed(model):
@@ -128,6 +135,44 @@ def scattered(weights, ids):
     return torch.full((len(ids), 32), torch.nan).scatter_(1, ids, weights)
 
 
+# What lies between router and experts
+
+
+def test_experts_read_what_a_hook_made_of_the_routing(model):
+    """Nothing is handed over beside the ids: whoever changes them is heard."""
+
+    def reversed_experts(router, args, output):
+        probabilities, weights, ids = output
+        return probabilities, weights, 31 - ids
+
+    ids = text_ids(24)
+    handles = [router.register_forward_hook(reversed_experts) for router in routers_of(model)]
+    stock = logits_of(model, ids)
+    apply(model)
+    torch.testing.assert_close(logits_of(model, ids), stock, rtol=0, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(logits_of(model, ids), stock, atol=0.1)
+
+
+def test_accelerate_hooks_around_the_experts_keep_running(model):
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    seen = []
+
+    class Counting(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    ids = text_ids(20)
+    stock = logits_of(model, ids)
+    for layer in model.model.layers:
+        hooks.add_hook_to_module(layer.experts, Counting())
+    apply(model)
+    torch.testing.assert_close(logits_of(model, ids), stock, rtol=0, atol=1e-4)
+    assert seen == [layer.experts for layer in model.model.layers]
+
+
 # Output recorders
 
 
@@ -186,50 +231,3 @@ def copies(function, hidden_states):
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             function(hidden_states)
     return collections.Counter(e.name for e in trace.events() if re.fullmatch("aten::(_to_copy|copy_)", e.name))
-
-
-@pytest.mark.parametrize(
-    ("implementation", "dtype"),
-    [("batched_mm", torch.float32), ("grouped_mm", torch.float32), ("grouped_mm", torch.bfloat16)],
-)
-def test_a_compiled_model_stays_one_graph_and_follows_apply_and_restore(implementation, dtype):
-    torch.compiler.reset()
-    model = drawn_gemma4(dtype, implementation)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    ids = torch.randint(8, 56, (2, 12))
-    stock = logits_of(compiled, ids)
-    apply(model)
-    assert torch.equal(logits_of(compiled, ids), logits_of(model, ids))
-    assert calls_of_route(lambda: logits_of(compiled, ids)) == 2
-    restore(model)
-    assert torch.equal(logits_of(compiled, ids), stock)
-    assert calls_of_route(lambda: logits_of(compiled, ids)) == 0
-
-
-def calls_of_route(function):
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        function()
-    return sum(event.name == "turnout::route" for event in trace.events())
-
-
-def test_a_compiled_model_records_router_probabilities():
-    torch.compiler.reset()
-    model = drawn_gemma4()
-    apply(model)
-    ids = torch.randint(8, 56, (2, 12))
-    compiled = torch.compile(model.model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        # Recorders are installed by an eager call: their lock does not compile, in a stock model neither.
-        eager_record = model.model(ids, output_router_logits=True).router_logits
-        compiled_record = compiled(ids, output_router_logits=True).router_logits
-    assert len(compiled_record) == len(eager_record) == 2
-    assert all(map(torch.equal, compiled_record, eager_record))
-
-
-def test_inductor_compiles_an_applied_model_as_one_graph():
-    torch.compiler.reset()
-    model = drawn_gemma4()
-    apply(model)
-    ids = torch.randint(8, 56, (2, 12))
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(logits_of(compiled, ids), logits_of(model, ids), rtol=0, atol=1e-4)
