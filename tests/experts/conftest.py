@@ -5,6 +5,7 @@ import torch
 
 import turnout
 from turnout.experts.api import IMPLS
+from turnout.impls import module_of
 from turnout.testing.experts import assert_accurate
 from turnout.testing.inputs import poisoned_buffer
 
@@ -37,6 +38,12 @@ def interpreter_tiles(request, monkeypatch):
 
         for choose in ("gate_up_tile", "down_tile"):
             monkeypatch.setattr(kernels, choose, lambda *_: kernels.Tile(rows=64, columns=64, num_warps=4))
+
+
+@pytest.fixture
+def modes(impl):
+    """Values of ``batch_invariant`` that take different paths: most implementations are invariant by themselves."""
+    return (False, True) if hasattr(module_of("experts", impl), "launch_batch_invariant") else (False,)
 
 
 @pytest.fixture

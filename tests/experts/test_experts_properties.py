@@ -81,8 +81,8 @@ def test_a_row_does_not_depend_on_many_others(spec, dtype, impl, device, is_inte
         assert torch.equal(experts(inputs.rows(slice(start, end)), impl), whole[start:end])
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True], ids=["fastest", "batch_invariant"])
-def test_runs_give_the_same_bits(batch_invariant, impl, device):
-    inputs = ExpertsCase(num_tokens=17, routing="one_hot_expert").make(device)
-    first = experts(inputs, impl, batch_invariant)
-    assert all(torch.equal(experts(inputs, impl, batch_invariant), first) for _ in range(2))
+def test_runs_give_the_same_bits(impl, modes, device):
+    inputs = ExpertsCase(num_tokens=9, routing="one_hot_expert").make(device)
+    for batch_invariant in modes:
+        first = experts(inputs, impl, batch_invariant)
+        assert all(torch.equal(experts(inputs, impl, batch_invariant), first) for _ in range(2))
