@@ -3,10 +3,11 @@
 Prints one JSON object: for each kernel, target and case, the kinds of code that came out, and the Triton IR.
 """
 
-import itertools
+import concurrent.futures
 import json
 
 import ahead_of_time_bench
+import ahead_of_time_experts
 import ahead_of_time_permutation
 import ahead_of_time_quantized
 import ahead_of_time_remap
@@ -70,21 +71,35 @@ def route_source(spec, contract, logits_dtype, scale_dtype, padding, rows):
     return ASTSource(fn=kernel, signature=signature, constexprs={indices[k]: v for k, v in constants.items()})
 
 
-def main():
+def all_sources():
     sources = {("_route_kernel", name): route_source(*case) for name, case in route_cases().items()}
-    sources |= ahead_of_time_bench.sources()
-    sources |= ahead_of_time_permutation.sources()
-    sources |= ahead_of_time_quantized.sources()
-    sources |= ahead_of_time_remap.sources()
+    for kernels in (
+        ahead_of_time_bench,
+        ahead_of_time_experts,
+        ahead_of_time_permutation,
+        ahead_of_time_quantized,
+        ahead_of_time_remap,
+    ):
+        sources |= kernels.sources()
+    return sources
+
+
+def compile_for(target):
+    """Every kernel in every case, for one target."""
     compiled = []
-    for ((kernel, case), source), (target, gpu) in itertools.product(sources.items(), TARGETS.items()):
+    for (kernel, case), source in all_sources().items():
         if target in ahead_of_time_quantized.NOT_FOR.get(case, ()):
             continue
-        num_warps = ahead_of_time_quantized.NUM_WARPS if case in ahead_of_time_quantized.CASES else 1
-        result = triton.compile(source, target=gpu, options={"num_warps": num_warps})
+        num_warps = 1 if kernel == "_route_kernel" else 4
+        result = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
         code = {kind: len(result.asm[kind]) for kind in ("cubin", "hsaco") if kind in result.asm}
         compiled.append({"kernel": kernel, "case": case, "target": target, "code": code, "ttir": result.asm["ttir"]})
-    print(json.dumps(compiled))
+    return compiled
+
+
+def main():
+    with concurrent.futures.ProcessPoolExecutor(max_workers=2) as pool:
+        print(json.dumps([result for results in pool.map(compile_for, TARGETS) for result in results]))
 
 
 if __name__ == "__main__":

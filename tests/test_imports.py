@@ -17,9 +17,16 @@ MAY_IMPORT = {
         "turnout.routing.triton",
         "turnout.permutation.triton",
         "turnout.remap.triton",
+        "turnout.combine.triton",
+        "turnout.experts.triton",
+        "turnout.experts._triton_quantized",
+        "turnout.experts.grouped",
+        "turnout.experts._grouped_quantized",
+        "turnout.integrations._transformers_",  # transformers imports it
         "turnout.bench.triton",
     ),
-    "numba": ("turnout.routing._cpu_kernel", "turnout.permutation._cpu_kernel", "turnout.remap._cpu_kernel"),
+    "transformers": ("turnout.integrations._transformers_",),
+    "numba": tuple(f"turnout.{room}._cpu" for room in ("routing", "permutation", "experts", "combine", "remap")),
 }
 
 

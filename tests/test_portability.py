@@ -83,7 +83,7 @@ def compiled(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = [sys.executable, str(Path(__file__).parent / "ahead_of_time.py")]
-    run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=540)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 
