@@ -6,7 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from turnout.device.launch import launch_kernel, on_device_of
 from turnout.device.rounding import narrowed, widened
+
+NUM_WARPS = 4
+MOST_COLUMNS = 1024  # of one program: a thread loads 16 bytes of 16-bit numbers at a time
+MOST_ROWS = 8  # whose loads are in flight at once
 
 
 @triton.jit(do_not_specialize=["row_stride"])
@@ -68,12 +73,22 @@ def _launch(
     num_experts: int,
     out: torch.Tensor,
 ) -> None:
-    num_tokens, hidden_size = out.shape
-    if num_tokens == 0:
+    if out.is_cpu and isinstance(_combine_kernel, triton.JITFunction):
+        raise ValueError(
+            "impl='triton' needs expert_out on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
+            "before the first call to run the kernel in Triton's interpreter"
+        )
+    (num_tokens, hidden_size), top_k = out.shape, topk_weights.shape[1]
+    if num_tokens * top_k * hidden_size == 0:
+        out.zero_()
         return
-    block = min(1024, triton.next_power_of_2(hidden_size))
-    _combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
-        expert_out, topk_weights, inv_permuted_idx, topk_ids, out,
-        expert_out.stride(0), hidden_size, topk_weights.shape[1], num_experts, block, min(8, triton.next_power_of_2(topk_weights.shape[1])),
-        num_warps=4,
-    )  # fmt: skip
+    block = min(MOST_COLUMNS, triton.next_power_of_2(hidden_size))
+    with on_device_of(out):
+        launch_kernel(
+            _combine_kernel,
+            (num_tokens, triton.cdiv(hidden_size, block), 1),
+            (expert_out, topk_weights, inv_permuted_idx, topk_ids, out),
+            (expert_out.stride(0),),
+            (hidden_size, top_k, num_experts, block, min(MOST_ROWS, triton.next_power_of_2(top_k))),
+            NUM_WARPS,
+        )
