@@ -72,8 +72,8 @@ def test_a_row_that_is_not_finite_has_such_a_scale(kind, kernel_device):
 
 
 @triton.jit
-def _convert(bits_ptr, values_ptr, half_ptr, e4m3_ptr, integer_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
+def _convert(bits_ptr, values_ptr, half_ptr, e4m3_ptr, integer_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(half_ptr + i, half_of_e4m3(tl.load(bits_ptr + i)))
     values = tl.load(values_ptr + i)
     tl.store(e4m3_ptr + i, e4m3_of(values))
@@ -83,7 +83,8 @@ def _convert(bits_ptr, values_ptr, half_ptr, e4m3_ptr, integer_ptr, N: tl.conste
 def converted(bits, values, device):
     half, e4m3 = torch.empty(len(bits), dtype=torch.float16), torch.empty(len(bits), dtype=torch.uint8)
     tensors = [tensor.to(device) for tensor in (bits, values, half, e4m3, torch.empty_like(values))]
-    _convert[(1,)](*tensors, len(bits))
+    block = min(4096, len(bits))
+    _convert[(len(bits) // block,)](*tensors, block)
     return [tensor.cpu() for tensor in tensors[2:]]
 
 
