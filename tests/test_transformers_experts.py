@@ -1,5 +1,7 @@
 """turnout as an experts implementation of transformers: in every class that can run it, against the class itself."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,6 +60,14 @@ def test_the_version_has_the_classes_that_the_documentation_counts():
         pytest.skip(f"not counted for transformers {version}")
     assert len(NAMES) == counts[version]
     assert set(NOT_EXPRESSED) - set(NAMES) <= {"MuseSparkExperts", "Inkling2Experts"}
+
+
+def test_the_documentation_lists_every_class_with_what_it_computes():
+    table = (Path(__file__).parents[1] / "docs" / "TRANSFORMERS.md").read_text()
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
+    listed = {name: what for _, what, names, _ in rows for name in names.strip().split(", ")}
+    for name in NAMES:
+        assert ("refused" in listed[name.removesuffix("Experts")]) == (name in NOT_EXPRESSED), name
 
 
 @EACH
