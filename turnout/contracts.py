@@ -101,8 +101,8 @@ class Contract:
                 "experts of a rank. Leave it away, or choose id_space='local'."
             )
         self._check_sentinel()
-        key = json.dumps({field: _encode(value) for field, value in self._stated().items()})
-        object.__setattr__(self, "key", key)  # now: a compiler cannot trace it later
+        key = ", ".join(f'"{field}": {_encoded(value)}' for field, value in self._stated().items())
+        object.__setattr__(self, "key", f"{{{key}}}")
 
     def _check_sentinel(self) -> None:
         if self.sentinel is None:
@@ -157,8 +157,13 @@ class Contract:
         return f"Contract({', '.join(f'{k}={v!r}' for k, v in self._stated().items())})"
 
 
-def _encode(value: object) -> object:
-    return dtype_name(value) if isinstance(value, torch.dtype) else value
+def _encoded(value: object) -> str:
+    """A field's value as JSON, in operations that a compiler can trace (it cannot trace the json module)."""
+    if isinstance(value, torch.dtype):
+        return f'"{dtype_name(value)}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(_encoded(item) for item in value)}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)  # names and whole numbers: nothing to escape
 
 
 def _check_member(field: str, value: object, allowed: tuple[object, ...]) -> None:

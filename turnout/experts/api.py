@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -14,6 +15,7 @@ from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
 
 IMPLS = ("reference", "cpu", "triton", "grouped")
+_CONTRACTS = {impl: contracts[f"turnout.experts.{impl}"] for impl in IMPLS}  # a compiler cannot trace the look-up
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,23 +95,29 @@ def choose_impl(hidden_states: torch.Tensor, top_k: int, num_experts: int, batch
     return Choice("grouped", "many tokens on a GPU: grouped GEMMs over the slots of each expert")
 
 
-def contract_of(impl: str, num_slots: int, num_experts: int) -> Contract:
+def contract_of(impl: str, num_slots: int, num_experts: int, num_local_experts: int | None = None) -> Contract:
     """What an implementation reads of so many slots: the contract that lets the routing launch write it.
 
     Args:
         impl: one of `IMPLS`.
         num_slots: T * K.
-        num_experts: E.
+        num_experts: E, of the router.
+        num_local_experts: experts of this rank, if the weights hold no others; ids then count these.
     """
-    return _CONTRACTS[impl, tuning.block_size(num_slots, num_experts) if impl == "grouped" else None]
+    counted = num_experts if num_local_experts is None else num_local_experts
+    block_size = tuning.block_size(num_slots, counted) if impl == "grouped" else None
+    # A compiler sees through a cache, and warns of it.
+    return (_make_contract if torch.compiler.is_compiling() else _contract)(impl, block_size, num_local_experts)
 
 
-# Made once: a compiler cannot trace the making.
-_CONTRACTS: dict[tuple[str, int | None], Contract] = {
-    (impl, block_size): dataclasses.replace(contracts[f"turnout.experts.{impl}"], block_size=block_size)
-    for impl in IMPLS
-    for block_size in (tuning.BLOCK_SIZES if impl == "grouped" else (None,))
-}
+def _make_contract(impl: str, block_size: int | None, num_local_experts: int | None) -> Contract:
+    contract = _CONTRACTS[impl]
+    if num_local_experts is not None:
+        contract = dataclasses.replace(contract, id_space="local", num_local_experts=num_local_experts)
+    return contract if block_size is None else dataclasses.replace(contract, block_size=block_size)
+
+
+_contract = functools.cache(_make_contract)
 
 
 def check_hidden_states(hidden_states: torch.Tensor) -> None:
