@@ -23,7 +23,8 @@ from turnout.testing.bits_per_byte import bits_per_byte
 from turnout.testing.tiny import TINY_GEMMA4, held_out_text, load_tiny_gemma4
 
 EACH_SCHEME = pytest.mark.parametrize("quantization", GROUPS)
-# By how much the experts' quantisation may worsen the tiny model: measured are 1.0% and 0.9%, and -0.2% and -0.1%.
+# By how much the experts' quantisation may worsen the tiny model. Bits per byte of the whole held-out text, measured in
+# float32: 1.2745 plain, 1.2815 and 1.2813 with int4, 1.2742 with int8, 1.2745 with float8.
 MOST = {"w4a16": 1.02, "w4a8_int8": 1.02, "w8a8_int8": 1.005, "w8a8_fp8": 1.005}
 
 
