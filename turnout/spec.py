@@ -8,7 +8,7 @@ import math
 import typing
 from typing import Any, Literal
 
-from turnout.families import spec_fields
+from turnout.families import experts_spec_fields, spec_fields
 
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -231,6 +231,19 @@ class ExpertsSpec:
             )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+
+    @classmethod
+    def from_config(cls, config: Any) -> ExpertsSpec:
+        """The experts of a Hugging Face model, in the layout that its checkpoint is loaded with, not quantised.
+
+        Args:
+            config: a ``transformers`` config, or the dict of a ``config.json``; nested configs (Gemma 4's
+                ``text_config``) are looked into.
+
+        Raises:
+            ValueError: the model type is not known (the message lists those that are), or its activation is not.
+        """
+        return cls(**experts_spec_fields(config))
 
     # By the key, as in `RouterSpec`.
     def __eq__(self, other: object) -> bool:
