@@ -165,8 +165,9 @@ TRITON_KERNELS = (
         versions=">=3.5,<3.8",
         note="The copy of 3.5.1 in vLLM v0.33.0. A slot without work has weight -1 for matmul_ogs.",
     ),
-    _read(
+    CatalogueEntry(
         name="triton_kernels.matmul_ogs",
+        evidence="run",
         contract=Contract(ids_dtype=torch.int16, weights_dtype=torch.bfloat16, sentinel=-1, structures=MATMUL_OGS),
         reads="RoutingData, GatherIndx and ScatterIndx: int32 counts, offsets, both permutations and the schedule of "
         "blocks of each size; the weights in permuted order.",

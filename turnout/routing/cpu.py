@@ -7,16 +7,14 @@ floats and writes every dtype in place, and a call makes no arrays. numba is imp
 from __future__ import annotations
 
 import functools
-import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from turnout.contracts import Contract
 from turnout.spec import RouterSpec
+from turnout.threads import in_threads
 
 # Rows are shared out among threads from this many logits on: below, waking a thread costs more than it saves.
 LOGITS_PER_THREAD = 1 << 15
@@ -52,32 +50,12 @@ def launch(
         _address(expert_map), contract.num_ids(num_experts),
         topk_weights.data_ptr(), _FLOAT_CODE[topk_weights.dtype], topk_ids.data_ptr(), _IDS_CODE[topk_ids.dtype],
     )  # fmt: skip
-    _in_threads(functools.partial(_kernel(), *arguments), num_tokens, num_experts)
+    threads = min(torch.get_num_threads(), num_tokens * num_experts // LOGITS_PER_THREAD)
+    in_threads(functools.partial(_kernel(), *arguments), num_tokens, threads)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _in_threads(route_rows: Callable[[int, int], None], num_tokens: int, num_experts: int) -> None:
-    threads = min(torch.get_num_threads(), num_tokens * num_experts // LOGITS_PER_THREAD)
-    if threads <= 1:
-        route_rows(0, num_tokens)
-        return
-    step = math.ceil(num_tokens / threads)
-    shares = [(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
-    others = [_pool(threads - 1).submit(route_rows, *share) for share in shares[1:]]
-    route_rows(*shares[0])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=workers, thread_name_prefix="turnout")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of the pool's threads
 
 
 @functools.cache
