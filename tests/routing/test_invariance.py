@@ -116,8 +116,8 @@ def test_threads_of_the_cpu_do_not_matter(threads, monkeypatch):
     want = turnout.route(logits, SPEC, CONTRACT, scaled("cpu"), impl="cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "LOGITS_PER_THREAD", 60)
-    submitted, pool_of = [], cpu._pool
-    monkeypatch.setattr(cpu, "_pool", lambda workers: submitted.append(workers) or pool_of(workers))
+    submitted, pool_of = [], turnout.threads._pool
+    monkeypatch.setattr(turnout.threads, "_pool", lambda workers: submitted.append(workers) or pool_of(workers))
     assert_bitwise_equal(turnout.route(logits, SPEC, CONTRACT, scaled("cpu"), impl="cpu"), want)
     assert submitted == [threads - 1] * (threads - 1), "each share but the caller's own, to as many workers"
     assert_matches_oracle(want, logits, SPEC, CONTRACT, scaled("cpu"))
