@@ -193,22 +193,41 @@ class Decode:
         self._variant, self._prompts, self._steps = variant, prompts, steps
         self._cache: Any = None
         self.tokens: list[torch.Tensor] = []
+        self._positions = torch.arange(prompts.shape[1] + steps, device=prompts.device)[None]
+        self._is_token = torch.ones_like(self._positions).repeat(len(prompts), 1)
 
     def prepare(self) -> None:
         """Fill the cache with the prompts."""
         self._cache = self._variant.empty_cache(self._cache, self._prompts, self._steps)
         self._variant.use_experts("prefill")
-        self.tokens = []
-        self._step(self._variant.model, self._prompts)
+        logits = self._logits(self._variant.model, input_ids=self._prompts, past_key_values=self._cache)
+        self.tokens = [logits.argmax(-1, keepdim=True)]
         self._variant.use_experts("decode")
 
     def forward(self) -> None:
         """One step for every request."""
-        self._step(self._variant.forward, self.tokens[-1])
+        self.tokens.append(self.logits().argmax(-1, keepdim=True))
 
-    def _step(self, forward: Any, input_ids: torch.Tensor) -> None:
-        logits = forward(input_ids=input_ids, past_key_values=self._cache, logits_to_keep=1).logits
-        self.tokens.append(logits[:, -1].argmax(-1, keepdim=True))
+    def logits(self) -> torch.Tensor:
+        """Logits [R, V] of what follows the last of `tokens`, which goes into the cache."""
+        return self._logits(self._variant.forward, **self._inputs())
+
+    def _inputs(self) -> dict[str, Any]:
+        """What `generate` passes: for a static cache positions and masks, too, made outside of compiled code.
+
+        Left to the model, they would bring the number of the step into the graph, and each step would be recorded anew.
+        """
+        inputs = {"input_ids": self.tokens[-1], "past_key_values": self._cache}
+        if self._variant.is_compiled:
+            seen = self._prompts.shape[1] + len(self.tokens)
+            inputs = self._variant.model.prepare_inputs_for_generation(
+                **inputs, position_ids=self._positions[:, seen - 1 : seen], attention_mask=self._is_token[:, :seen]
+            )
+        return inputs
+
+    def _logits(self, forward: Any, **inputs: Any) -> torch.Tensor:
+        logits: torch.Tensor = forward(**inputs, logits_to_keep=1).logits
+        return logits[:, -1]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from turnout.bench.scenarios import Row, Scenario, measure
-from turnout.bench.transformers_engine import Variant, twin_of
+from turnout.bench.transformers_engine import Decode, Variant, twin_of
 from turnout.bench.whole_model_check import LayerCheck, check_layers, relative_difference
 from turnout.integrations.transformers import apply
 from turnout.machine import environment, find_device
@@ -184,22 +184,14 @@ def draw_prompts(scenario: Scenario, vocab_size: int, device: torch.device) -> t
 
 
 def decode_step(variant: Variant, scenario: Scenario, prompts: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The first decode step after the prompts, as a call that returns logits [R, V].
+    """The first decode step after the prompts, as a call that returns logits [R, V]; it repeats their last tokens.
 
     Its cache is as long as the one that is timed: another length would compile twice.
     """
-    cache = variant.empty_cache(None, prompts, scenario.forwards)
-    variant.use_experts("prefill")
-    variant.model(input_ids=prompts[:, :-1], past_key_values=cache, logits_to_keep=1)
-    variant.use_experts("decode")
-
-    def step() -> torch.Tensor:
-        logits: torch.Tensor = variant.forward(
-            input_ids=prompts[:, -1:], past_key_values=cache, logits_to_keep=1
-        ).logits[:, -1]
-        return logits.float()
-
-    return step
+    decode = Decode(variant, prompts, scenario.forwards)
+    decode.prepare()
+    decode.tokens = [prompts[:, -1:]]
+    return lambda: decode.logits().float()
 
 
 def check_agreement(checks: list[LayerCheck]) -> None:
