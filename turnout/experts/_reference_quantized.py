@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from turnout.combine import reference as combine
 from turnout.experts.quantization import SCHEMES, dequantized, quantize_activations
-from turnout.experts.reference import activation
+from turnout.experts.reference import activation, run_experts
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
 
@@ -41,18 +40,14 @@ def product(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, spe
 
 
 def launch(
-    hidden_states: torch.Tensor,
-    weights: ExpertsWeights,
-    routing: Routing,
-    spec: ExpertsSpec,
-    out: torch.Tensor,
+    hidden_states: torch.Tensor, weights: ExpertsWeights, routing: Routing, spec: ExpertsSpec, out: torch.Tensor
 ) -> None:
     """Run one expert after the other, each on all its slots, and combine into ``out``; waits for the device."""
-    topk_ids = routing.topk_ids.long()
-    num_experts, top_k = weights.gate_up_proj.shape[0], topk_ids.shape[1]
-    slot_outputs = out.new_zeros(topk_ids.numel(), out.shape[1])
-    for expert in range(num_experts):
-        slots = (topk_ids.flatten() == expert).nonzero().flatten()
-        if len(slots) > 0:
-            slot_outputs[slots] = expert_reference(hidden_states[slots // top_k], weights, expert, spec)
-    combine.launch(slot_outputs, routing.topk_weights, None, out)
+    run_experts(expert_reference, hidden_states, weights, routing, spec, out)
+
+
+def launch_batch_invariant(
+    hidden_states: torch.Tensor, weights: ExpertsWeights, routing: Routing, spec: ExpertsSpec, out: torch.Tensor
+) -> None:
+    """As `launch`, each slot on its own: a matrix product may round otherwise for another number of rows."""
+    run_experts(expert_reference, hidden_states, weights, routing, spec, out, rows_at_a_time=1)

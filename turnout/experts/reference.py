@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from turnout.combine import reference as combine
@@ -44,40 +46,35 @@ def activation(gate_up: torch.Tensor, spec: ExpertsSpec) -> torch.Tensor:
 
 
 def launch(
-    hidden_states: torch.Tensor,
-    weights: ExpertsWeights,
-    routing: Routing,
-    spec: ExpertsSpec,
-    out: torch.Tensor,
+    hidden_states: torch.Tensor, weights: ExpertsWeights, routing: Routing, spec: ExpertsSpec, out: torch.Tensor
 ) -> None:
     """Run one expert after the other, each on all its tokens, and combine into ``out``; the host waits for the ids."""
-    _launch(hidden_states, weights, routing, spec, out, rows_at_a_time=max(1, routing.topk_ids.numel()))
+    run_experts(expert_reference, hidden_states, weights, routing, spec, out)
 
 
 def launch_batch_invariant(
-    hidden_states: torch.Tensor,
-    weights: ExpertsWeights,
-    routing: Routing,
-    spec: ExpertsSpec,
-    out: torch.Tensor,
+    hidden_states: torch.Tensor, weights: ExpertsWeights, routing: Routing, spec: ExpertsSpec, out: torch.Tensor
 ) -> None:
     """As `launch`, each slot on its own: a matrix product may round otherwise for another number of rows."""
-    _launch(hidden_states, weights, routing, spec, out, rows_at_a_time=1)
+    run_experts(expert_reference, hidden_states, weights, routing, spec, out, rows_at_a_time=1)
 
 
-def _launch(
+def run_experts(
+    run_expert: Callable[[torch.Tensor, ExpertsWeights, int, ExpertsSpec], torch.Tensor],
     hidden_states: torch.Tensor,
     weights: ExpertsWeights,
     routing: Routing,
     spec: ExpertsSpec,
     out: torch.Tensor,
-    rows_at_a_time: int,
+    rows_at_a_time: int | None = None,
 ) -> None:
+    """Call ``run_expert`` for each expert, on all its slots or on so many at a time, and combine into ``out``."""
     topk_ids = routing.topk_ids.long()
     num_experts, top_k = weights.gate_up_proj.shape[0], topk_ids.shape[1]
     slot_outputs = out.new_zeros(topk_ids.numel(), out.shape[1])
     for expert in range(num_experts):
         slots = (topk_ids.flatten() == expert).nonzero().flatten()
-        for some in slots.split(rows_at_a_time):
-            slot_outputs[some] = expert_reference(hidden_states[some // top_k], weights, expert, spec)
+        for some in slots.split(rows_at_a_time or max(1, len(slots))):
+            if len(some) > 0:
+                slot_outputs[some] = run_expert(hidden_states[some // top_k], weights, expert, spec)
     combine.launch(slot_outputs, routing.topk_weights, None, out)
