@@ -23,6 +23,7 @@ from gemma4_models import (
 import turnout
 from turnout.integrations import transformers as integration
 from turnout.integrations._transformers_router import is_router_replaced
+from turnout.integrations.compressed_tensors import QuantizedExperts
 from turnout.integrations.transformers import apply, explain, restore
 from turnout.testing.tiny import load_tiny_gemma4
 
@@ -192,6 +193,22 @@ def test_experts_are_replaced_where_the_router_is_not_yet():
         assert (row.experts.state, row.experts.spec) == ("replaced", turnout.ExpertsSpec())
     assert "layers.*.mlp x 2" in str(explain(model))
     assert experts_states(restore(model)) == {"restored"}
+
+
+def test_quantised_experts_that_turnout_loaded_stay_and_read_short_ids():
+    model = drawn_gemma4(implementation="eager")
+    weights = turnout.ExpertsWeights(*(torch.zeros(1, dtype=torch.int8) for _ in range(2)), None, None, *torch.ones(2))
+    for layer in model.model.layers:
+        layer.experts = QuantizedExperts(turnout.ExpertsSpec(quantization="w8a8_int8"), weights)
+    for row in apply(model):
+        assert (row.router.state, row.router.contract_name) == ("replaced", "turnout.transformers")
+        assert (row.experts.state, row.experts.reason) == (
+            "not supported",
+            "turnout.load_quantized has put turnout's experts there",
+        )
+    assert model.config._experts_implementation == "eager"
+    with torch.no_grad():
+        assert model.model.layers[0].router(torch.randn(3, 32))[2].dtype == torch.int32
 
 
 def test_where_nothing_can_be_replaced_apply_refuses_by_name():

@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from turnout.experts.api import experts
 from turnout.integrations._transformers_layers import uses_experts_interface
+from turnout.integrations.compressed_tensors import QuantizedExperts
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
 
@@ -162,11 +163,15 @@ def experts_hindrances(all_experts: list[nn.Module]) -> list[str | None]:
     refusals = [_refusal(experts) for experts in all_experts]
     shared = next((refusal for refusal in refusals if refusal), None)
     return [
-        refusal or shared
-        if uses_experts_interface(experts)
-        else f"{type(experts).__name__} does not use transformers' experts interface"
+        refusal or shared if uses_experts_interface(experts) else _no_interface(experts)
         for experts, refusal in zip(all_experts, refusals, strict=True)
     ]
+
+
+def _no_interface(experts: nn.Module) -> str:
+    if isinstance(experts, QuantizedExperts):
+        return "turnout.load_quantized has put turnout's experts there"
+    return f"{type(experts).__name__} does not use transformers' experts interface"
 
 
 def _refusal(experts: nn.Module) -> str | None:

@@ -23,6 +23,7 @@ from turnout.integrations._transformers_layers import (
     instance_forward,
     is_class_forward,
 )
+from turnout.integrations.compressed_tensors import QuantizedExperts
 from turnout.routing.api import prepare, route_prepared
 from turnout.spec import RouterSpec
 
@@ -55,7 +56,7 @@ def is_router_replaced(router: nn.Module) -> bool:
 
 def replace_router(layer: Layer) -> str:
     """Set the forward of a router without hindrance; ``"replaced"`` or ``"already replaced"``."""
-    forward = _router_forward(RouterSpec.from_config(layer.config), are_experts_wrapped(layer.experts))
+    forward = _router_forward(RouterSpec.from_config(layer.config), fixed_consumer(layer.experts))
     if getattr(instance_forward(layer.router), "__func__", None) is forward:
         return "already replaced"
     setattr(layer.router, forward_attribute(layer.router), types.MethodType(forward, layer.router))
@@ -72,7 +73,7 @@ def restore_router(router: Any) -> None:
 
 
 @functools.cache
-def _router_forward(spec: RouterSpec, are_experts_wrapped: bool) -> RouterForward:
+def _router_forward(spec: RouterSpec, fixed: Consumer | None) -> RouterForward:
     declarations = {name: prepare(spec, contracts[name]) for name in _CONSUMER_NAMES}
 
     # The name "forward" lets a pickled bound method resolve to the class's own: the file needs no turnout.
@@ -89,7 +90,7 @@ def _router_forward(spec: RouterSpec, are_experts_wrapped: bool) -> RouterForwar
 
         # Read at each call: generate() changes the experts implementation between prefill and decode.
         implementation = self.config._experts_implementation
-        consumer = consumer_of(implementation, router_logits.device.type, are_experts_wrapped)
+        consumer = fixed or consumer_of(implementation, router_logits.device.type)
         topk_weights, topk_ids = route_prepared(router_logits, declarations[consumer.name], self.per_expert_scale)
 
         probabilities = None
@@ -130,15 +131,17 @@ _CONSUMER_NAMES = {
 }
 
 
-def consumer_of(implementation: str | None, device_type: str, are_experts_wrapped: bool) -> Consumer:
+def consumer_of(implementation: str | None, device_type: str) -> Consumer:
     """Who reads what a router hands to experts that run with this implementation on such a device."""
-    if are_experts_wrapped:
-        return _WRAPPED
     if implementation == "grouped_mm":
         return _GROUPED_MM_CPU if device_type in ("cpu", "mps") else _GROUPED_MM
     return _BY_IMPLEMENTATION.get(implementation, _UNKNOWN)
 
 
-def are_experts_wrapped(experts: nn.Module) -> bool:
-    """Whether something reads the routing before the experts do."""
-    return getattr(experts, "_is_expert_parallel", False) or not is_class_forward(experts)
+def fixed_consumer(experts: nn.Module) -> Consumer | None:
+    """Who reads the routing whatever the experts implementation; None where that decides."""
+    if isinstance(experts, QuantizedExperts):
+        return _BY_IMPLEMENTATION[NAME]
+    if getattr(experts, "_is_expert_parallel", False) or not is_class_forward(experts):
+        return _WRAPPED
+    return None

@@ -165,7 +165,7 @@ def _report(examined: _Examined, router_state: str, experts_state: str) -> Layer
 
 def _router_report(examined: _Examined, state: str) -> RouterReport:
     from turnout.integrations._transformers_experts import NAME
-    from turnout.integrations._transformers_router import are_experts_wrapped, consumer_of
+    from turnout.integrations._transformers_router import consumer_of, fixed_consumer
 
     _, router, experts, config = examined.layer
     kind = type(router).__name__
@@ -175,7 +175,7 @@ def _router_report(examined: _Examined, state: str) -> RouterReport:
     is_in_force = "replaced" in state or examined.experts_hindrance
     implementation = config._experts_implementation if is_in_force else NAME
     weight = router.proj.weight
-    consumer = consumer_of(implementation, weight.device.type, are_experts_wrapped(experts))
+    consumer = fixed_consumer(experts) or consumer_of(implementation, weight.device.type)
     choice = choose_routing_impl(weight, weight.shape[0])
     return RouterReport(
         kind=kind,
