@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import turnout
+from turnout.contracts import STRUCTURES
 from turnout.experts.api import IMPLS
 from turnout.router import project
 from turnout.testing.checks import oracle as routing_oracle
@@ -242,3 +243,16 @@ def test_fewer_experts_need_a_map():
     fewer = weights._replace(gate_up_proj=weights.gate_up_proj[:7], down_proj=weights.down_proj[:7])
     with pytest.raises(ValueError, match=r"among 8 experts, the weights hold 7; .* RoutingInputs\.expert_map"):
         turnout.moe(hidden_states, router, fewer, router_spec, experts_spec, inputs)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_take_whatever_structure_a_routing_has(structure, impl, device):
+    """One that the implementation does not read does no harm, nor a padded block map in part."""
+    hidden_states, router, weights, router_spec, experts_spec, inputs = layer_of(GEMMA4, torch.float32, device)
+    blocks = 16 if structure in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded") else None
+    contract = turnout.Contract(sentinel=-1, structures=(structure,), block_size=blocks)
+    routing = turnout.route(project(hidden_states, router, router_spec), router_spec, contract, inputs)
+    assert getattr(routing, structure) is not None
+    out = turnout.experts(hidden_states, weights, routing, experts_spec, impl=impl)
+    want = turnout.experts(hidden_states, weights, turnout.Routing(*routing[:2]), experts_spec, impl=impl)
+    assert torch.equal(out, want)

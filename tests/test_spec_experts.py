@@ -41,11 +41,8 @@ def experts_modules(config):
 
 @pytest.mark.parametrize("model_type", KNOWN_EXPERTS_MODEL_TYPES)
 def test_a_config_says_what_its_experts_compute(model_type):
-    changes = (
-        {"enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 8}
-        if model_type.startswith("gemma4")
-        else {}
-    )
+    gemma4 = {"enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 8}
+    changes = gemma4 if model_type == "gemma4_text" else {}
     config = config_of(model_type, **changes)
     modules = list(experts_modules(config))
     assert modules

@@ -132,10 +132,11 @@ def dot4(weights, values, start, end):
 def project_rows(weights, first, count, values, rows, out):
     """``out[r, n] = weights[first + n] . values[r]``."""
     columns = weights.shape[1]
+    chunk = CHUNK if rows >= ROWS else columns  # few rows stay in the cache, and weights are read in one stream
     for r in range(rows):
         out[r].fill(0)
-    for start in range(0, columns, CHUNK):
-        end = min(columns, start + CHUNK)
+    for start in range(0, columns, chunk):
+        end = min(columns, start + chunk)
         for tile in range(0, count, TILE):
             for r in range(0, rows, ROWS):
                 for n in range(tile, min(count, tile + TILE)):

@@ -16,6 +16,7 @@ from turnout.types import ExpertsWeights, Routing
 
 IMPLS = ("reference", "cpu", "triton", "grouped")
 _CONTRACTS = {impl: contracts[f"turnout.experts.{impl}"] for impl in IMPLS}  # a compiler cannot trace the look-up
+_STRUCTURES_DTYPES = {"bitmatrix": (torch.uint32,), "permuted_weights": WEIGHTS_DTYPES}
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -167,19 +168,24 @@ def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: Ex
 def check_routing(hidden_states: torch.Tensor, routing: Routing, num_experts: int) -> None:
     """Refuse ids, weights and structures that are not of these tokens and experts."""
     num_tokens, beside = hidden_states.shape[0], ("hidden_states", hidden_states)
-    check_tensor("topk_ids", routing.topk_ids, (num_tokens, None), IDS_DTYPES, beside)
-    top_k = routing.topk_ids.shape[1]
+    topk_ids = routing.topk_ids
+    top_k = topk_ids.shape[1] if isinstance(topk_ids, torch.Tensor) and topk_ids.dim() == 2 else None
+    check_tensor("topk_ids", topk_ids, (num_tokens, top_k), IDS_DTYPES, beside)
     check_tensor("topk_weights", routing.topk_weights, (num_tokens, top_k), WEIGHTS_DTYPES, beside)
-    slots = num_tokens * top_k
-    shapes: dict[str, tuple[int | None, ...]] = {
+    if any(structure is not None for structure in routing[2:]):
+        _check_structures(routing, num_experts, beside)
+
+
+def _check_structures(routing: Routing, num_experts: int, beside: tuple[str, torch.Tensor]) -> None:
+    num_tokens, top_k = routing.topk_ids.shape
+    shapes: dict[str, tuple[int, ...]] = {
         "tokens_per_expert": (num_experts,),
         "expert_offsets": (num_experts + 1,),
-        "permuted_idx": (slots,),
+        "permuted_idx": (num_tokens * top_k,),
         "inv_permuted_idx": (num_tokens, top_k),
         "num_tokens_post_padded": (1,),
     }
     for name, structure in zip(STRUCTURES, routing[2:], strict=True):
         if structure is not None:
-            dtypes = (torch.uint32,) if name == "bitmatrix" else STRUCTURES_DTYPES
-            any_shape = (None,) * (2 if name == "bitmatrix" else 1)
-            check_tensor(name, structure, shapes.get(name, any_shape), dtypes, beside)
+            shape, dtypes = shapes.get(name, structure.shape), _STRUCTURES_DTYPES.get(name, STRUCTURES_DTYPES)
+            check_tensor(name, structure, shape, dtypes, beside)

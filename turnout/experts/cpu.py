@@ -104,8 +104,8 @@ def _launch(
         sorting.data_ptr(), order, positions, blocks,
     )  # fmt: skip
     intermediate_size = weights.down_proj.shape[1 if spec.transposed else 2]
-    activated = torch.empty(num_slots, intermediate_size, dtype=out.dtype)
-    slot_out = torch.empty(num_slots, out.shape[1], dtype=out.dtype)
+    between = torch.empty(num_slots * (intermediate_size + out.shape[1]), dtype=out.dtype)  # activated, slot_out
+    activated = between.data_ptr()
     call = kernels.Call(
         hidden_states.data_ptr(), hidden_states.stride(0), out.shape[1], intermediate_size,
         topk_ids.shape[1], weights.gate_up_proj.data_ptr(), weights.down_proj.data_ptr(),
@@ -113,12 +113,12 @@ def _launch(
         ACTIVATION_CODE[spec.activation], spec.activation_alpha,
         math.inf if spec.activation_limit is None else spec.activation_limit, spec.up_offset,
         order, positions, blocks, num_slots, num_blocks, min(split.block_rows, num_slots),
-        activated.data_ptr(), slot_out.data_ptr(),
+        activated, activated + num_slots * intermediate_size * out.element_size(),
         routing.topk_weights.data_ptr(), WEIGHTS_CODE[routing.topk_weights.dtype], out.data_ptr(),
     )  # fmt: skip
     if num_rows < num_valid:
         offsets = sorting[: num_experts + 1].tolist()
-        _through_torch(call, like, weights, spec, offsets, split.few, (activated, slot_out))
+        _through_torch(call, like, weights, spec, offsets, split.few, between)
     _through_own_kernels(call, like, len(out), num_rows)
 
 
@@ -154,10 +154,12 @@ def _through_torch(
     spec: ExpertsSpec,
     offsets: list[int],
     few: int,
-    buffers: tuple[torch.Tensor, torch.Tensor],
+    between: torch.Tensor,
 ) -> None:
     """The experts of more than ``few`` rows, one after the other."""
-    kernels, (activated, slot_out) = _kernels(), buffers
+    kernels = _kernels()
+    split = call.num_slots * call.intermediate_size
+    activated, slot_out = between[:split].view(call.num_slots, -1), between[split:].view(call.num_slots, -1)
     gate_up_proj, down_proj = (
         weight if spec.transposed else weight.transpose(1, 2) for weight in (weights.gate_up_proj, weights.down_proj)
     )
