@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import triton
 
 # Compiled kernels, by all that they are specialised on: Triton's own look-up takes longer.
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -31,14 +33,30 @@ def launch_kernel(
     # Triton specialises on pointers that are multiples of 16; torch allocates no others, a view may be one.
     aligned = not any(address is not None and address % 16 for address in addresses)
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-    key = (kernel, tensors[0].device, constants, num_warps, max(numbers, default=0) > _INT32_MAX, *dtypes)
+    wide = [number > _INT32_MAX for number in numbers]
+    key = (kernel, tensors[0].device, constants, num_warps, *wide, *dtypes)
     known = _compiled.get(key) if aligned else None
-    if known is not None:
+    if known is not None and are_of_usual_size(tensors):
         known[grid](*addresses, *numbers, *constants)
         return
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
-    if aligned and compiled is not None:  # the interpreter returns nothing
+    if aligned and compiled is not None and are_of_usual_size(tensors):  # the interpreter returns nothing
         _compiled[key] = compiled
+
+
+def are_of_usual_size(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether Triton has one kernel for tensors like these, as large as they are.
+
+    For AMD's GPUs it has two: offsets into storages of less than 2 GiB are taken to fit 32 bits.
+    """
+    if not _compiles_by_size():
+        return True
+    return all(tensor is None or tensor.untyped_storage().nbytes() <= _INT32_MAX for tensor in tensors)
+
+
+@functools.cache
+def _compiles_by_size() -> bool:
+    return bool(triton.runtime.driver.active.get_current_target().backend == "hip")
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

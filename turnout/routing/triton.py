@@ -11,7 +11,7 @@ import triton.language as tl
 
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
-from turnout.device.launch import on_device_of
+from turnout.device.launch import are_of_usual_size, on_device_of
 from turnout.device.routing import route_rows
 from turnout.spec import RouterSpec
 
@@ -101,7 +101,8 @@ def launch(
         check_support(router_logits, spec.num_experts)
         return
     with on_device_of(router_logits):
-        if known is not None:
+        arguments = (router_logits, *tensors, topk_weights, topk_ids)
+        if known is not None and are_of_usual_size(arguments):
             kernel, constants = known
             kernel[grid](
                 logits_at, scale_at, padding_at, valid_at, map_at, weights_at, ids_at, num_tokens, row_stride,
@@ -110,11 +111,8 @@ def launch(
             return
         check_support(router_logits, spec.num_experts)
         constants = constants_of(router_logits.dtype, spec, contract, tile)
-        kernel = _route_kernel[grid](
-            router_logits, *tensors, topk_weights, topk_ids, num_tokens, row_stride, *constants,
-            num_warps=tile.num_warps,
-        )  # fmt: skip
-        if remainder == 0 and kernel is not None:  # the interpreter returns nothing
+        kernel = _route_kernel[grid](*arguments, num_tokens, row_stride, *constants, num_warps=tile.num_warps)
+        if remainder == 0 and kernel is not None and are_of_usual_size(arguments):  # the interpreter returns nothing
             _compiled[specialization] = kernel, constants
 
 
