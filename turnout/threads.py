@@ -16,15 +16,16 @@ def in_threads(run: Callable[[int, int], object], count: int, threads: int) -> N
         return
     step = math.ceil(count / threads)
     shares = [(start, min(start + step, count)) for start in range(0, count, step)]
-    others = [_pool(threads - 1).submit(run, *share) for share in shares[1:]]
+    others = [_pool().submit(run, *share) for share in shares[1:]]
     run(*shares[0])
     for other in others:
         other.result()
 
 
 @functools.cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=workers, thread_name_prefix="turnout")
+def _pool() -> ThreadPoolExecutor:
+    """One for every number of shares: it starts a thread where none is idle."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="turnout")
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of the pool's threads
