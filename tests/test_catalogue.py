@@ -1,5 +1,6 @@
 """The catalogue: every entry is sourced, and the facts that decisions rest on are pinned by name."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import turnout
 from turnout.catalogue import ENTRIES
-from turnout.contracts import STRUCTURES
+from turnout.contracts import PADDED_BLOCK_MAP, STRUCTURES
 
 NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -133,6 +134,22 @@ def test_xpu_takes_both_dtypes_since_0_1_8_and_int64_alone_before():
 )
 def test_sentinel(name, sentinel):
     assert turnout.contracts[name].sentinel == sentinel
+
+
+@EACH_ENTRY
+def test_route_writes_what_the_consumer_reads(entry):
+    """For those that leave a size to each call, with one."""
+    contract, inputs = entry.contract, None
+    if set(contract.structures) & set(PADDED_BLOCK_MAP) and contract.block_size is None:
+        contract = dataclasses.replace(contract, block_size=16)
+    if contract.id_space == "local":
+        contract = dataclasses.replace(contract, num_local_experts=contract.num_local_experts or 8)
+        expert_map = torch.arange(32, dtype=torch.int32)
+        inputs = turnout.RoutingInputs(expert_map=torch.where(expert_map < 8, expert_map, -1))
+    routing = turnout.route(torch.randn(5, 32), turnout.RouterSpec(num_experts=32, top_k=4), contract, inputs)
+    assert (routing.topk_ids.dtype, routing.topk_weights.dtype) == (contract.ids_dtype, contract.weights_dtype)
+    written = {name for name, structure in zip(STRUCTURES, routing.permutation, strict=True) if structure is not None}
+    assert written == set(contract.structures)
 
 
 def test_structures_that_a_padded_block_map_needs():
