@@ -58,17 +58,17 @@ def test_a_planted_cast_is_seen(kernel_device, monkeypatch):
     """The check itself: one ``.to()`` inside the operator, unseen from outside, breaks the budget."""
     from turnout.experts import ops
 
-    launch_of = ops.launch_of
+    launch_of = ops._launch_of
 
-    def with_a_cast(room, impl, name):
-        launch = launch_of(room, impl, name)
+    def with_a_cast(*choice):
+        launch = launch_of(*choice)
 
         def cast_first(hidden_states, weights, routing, spec, out):
             launch(hidden_states, weights, routing._replace(topk_ids=routing.topk_ids.to(torch.int32)), spec, out)
 
         return cast_first
 
-    monkeypatch.setattr(ops, "launch_of", with_a_cast)
+    monkeypatch.setattr(ops, "_launch_of", with_a_cast)
     seen = operators_inside(call_of(ExpertsCase(num_tokens=3, ids_dtype=torch.int64), kernel_device))
     assert not seen <= BUFFERS
     assert seen & COPIES

@@ -7,6 +7,7 @@ The spec travels as its key, a line of JSON: an exported graph holds all it need
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,14 +52,19 @@ def _run(hidden_states: torch.Tensor, arguments: tuple[Any, ...], out: torch.Ten
     """Call the implementation; ``arguments`` are those of the schema from gate_up_proj on."""
     topk_weights, topk_ids, structures, spec, impl, batch_invariant = arguments[_NUM_WEIGHTS:]
     spec = _spec_of(spec)
-    if spec.quantization != "none":
-        impl = f"_{impl}_quantized"
-    # An implementation that is not batch-invariant by itself has a second function that is.
-    name = "launch_batch_invariant" if batch_invariant else "launch"
-    if not hasattr(module_of("experts", impl), name):
-        name = "launch"
     weights, routing = ExpertsWeights(*arguments[:_NUM_WEIGHTS]), Routing(topk_weights, topk_ids, *structures)
-    launch_of("experts", impl, name)(hidden_states, weights, routing, spec, out)
+    _launch_of(impl, spec.quantization != "none", batch_invariant)(hidden_states, weights, routing, spec, out)
+
+
+@functools.cache
+def _launch_of(impl: str, is_quantized: bool, batch_invariant: bool) -> Callable[..., None]:
+    """The function that runs an implementation; one not batch-invariant by itself has a second function that is."""
+    if is_quantized:
+        impl = f"_{impl}_quantized"
+    name = "launch_batch_invariant"
+    if not batch_invariant or not hasattr(module_of("experts", impl), name):
+        name = "launch"
+    return launch_of("experts", impl, name)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
