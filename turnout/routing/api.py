@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
+from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tensor
 from turnout.permutation import ops as _permutation  # registers the operators
 from turnout.permutation.api import check_size, check_structures
 from turnout.routing import ops as _ops  # registers the operators
@@ -25,13 +26,6 @@ _SUPPORTED_FIELDS = {
     "num_experts", "top_k", "input_norm", "input_norm_eps", "projection_dtype", "router_bias", "sorted",
     "renormalize", "routed_scaling_factor", "per_expert_scale", "weights_rounding",
 }  # fmt: skip
-
-
-class Choice(NamedTuple):
-    """An implementation, and why it was chosen."""
-
-    impl: str
-    reason: str
 
 
 def route(
@@ -79,8 +73,8 @@ def route(
     _check_inputs(router_logits, spec, contract, inputs)
     if impl == "auto":
         impl = choose_impl(router_logits, spec.num_experts).impl
-    elif impl not in IMPLS:
-        raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}; got {impl!r}")
+    else:
+        check_impl(impl, IMPLS)
     arguments = (
         router_logits, declarations, impl, inputs.per_expert_scale, inputs.is_padding, inputs.num_valid_tokens,
         inputs.expert_map,
@@ -150,7 +144,7 @@ def route_prepared(
     """
     if router_logits.dtype not in LOGITS_DTYPES:
         _refuse_dtype(router_logits)
-    _check_grad("router_logits", router_logits)
+    check_grad("router_logits", router_logits)
     impl = choose_impl(router_logits, router_logits.shape[1]).impl
     return _ops.route(  # type: ignore[no-any-return]
         router_logits, prepared, impl, per_expert_scale, None, None, None
@@ -172,15 +166,13 @@ _TOO_MANY_EXPERTS = Choice("reference", f"more than {MAX_KERNEL_EXPERTS} experts
 
 
 def _check_kinds(spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
-    if not isinstance(spec, RouterSpec):
-        raise TypeError(f"spec must be a turnout.RouterSpec, got {type(spec).__name__}")
+    check_kind("spec", spec, RouterSpec)
     if not isinstance(contract, Contract):
         raise TypeError(
             f"contract must be a turnout.Contract, got {type(contract).__name__}; turnout.contracts[name] holds "
             "those of known consumers"
         )
-    if not isinstance(inputs, RoutingInputs):
-        raise TypeError(f"inputs must be a turnout.RoutingInputs, got {type(inputs).__name__}")
+    check_kind("inputs", inputs, RoutingInputs)
 
 
 def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
@@ -202,19 +194,11 @@ def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
             f"router_logits must have contiguous rows, got strides {router_logits.stride()}; rows may lie apart, "
             "columns may not: pass router_logits.contiguous() if the copy is meant"
         )
-    _check_grad("router_logits", router_logits)
+    check_grad("router_logits", router_logits)
 
 
 def _refuse_dtype(router_logits: torch.Tensor) -> NoReturn:
     raise ValueError(f"router_logits must be float32, bfloat16 or float16, got {router_logits.dtype}")
-
-
-def _check_grad(name: str, tensor: torch.Tensor) -> None:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, and turnout routes for inference only: call it under torch.no_grad(), "
-            "or detach the tensor"
-        )
 
 
 def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
@@ -232,14 +216,15 @@ def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contr
             f"{'missing' if scale is None else 'given'}"
         )
     if scale is not None:
-        _check_tensor("per_expert_scale", scale, (spec.num_experts,), LOGITS_DTYPES, router_logits.device)
+        check_tensor("per_expert_scale", scale, (spec.num_experts,), LOGITS_DTYPES, ("router_logits", router_logits))
     if (inputs.expert_map is None) == (contract.id_space == "local"):
         raise ValueError(
             f"the contract has id_space={contract.id_space!r}, but RoutingInputs.expert_map is "
             f"{'missing' if inputs.expert_map is None else 'given'}"
         )
     if inputs.expert_map is not None:
-        _check_tensor("expert_map", inputs.expert_map, (spec.num_experts,), (torch.int32,), router_logits.device)
+        beside = ("router_logits", router_logits)
+        check_tensor("expert_map", inputs.expert_map, (spec.num_experts,), (torch.int32,), beside)
     if inputs.is_padding is not None or inputs.num_valid_tokens is not None:
         _check_padding(router_logits, contract, inputs)
 
@@ -254,11 +239,11 @@ def _check_structures(router_logits: torch.Tensor, spec: RouterSpec, contract: C
 
 
 def _check_padding(router_logits: torch.Tensor, contract: Contract, inputs: RoutingInputs) -> None:
-    num_tokens, device = router_logits.shape[0], router_logits.device
+    num_tokens, beside = router_logits.shape[0], ("router_logits", router_logits)
     if inputs.is_padding is not None:
-        _check_tensor("is_padding", inputs.is_padding, (num_tokens,), (torch.bool,), device)
+        check_tensor("is_padding", inputs.is_padding, (num_tokens,), (torch.bool,), beside)
     if inputs.num_valid_tokens is not None:
-        _check_tensor("num_valid_tokens", inputs.num_valid_tokens, (1,), (torch.int32,), device)
+        check_tensor("num_valid_tokens", inputs.num_valid_tokens, (1,), (torch.int32,), beside)
     if contract.sentinel is None:
         raise ValueError(
             "padding needs a contract with a sentinel, and this one has sentinel=None; "
@@ -272,23 +257,6 @@ def _refuse_unsupported(inputs: RoutingInputs) -> NoReturn:
     raise NotImplementedError(f"route does not take {', '.join(f'RoutingInputs.{name}' for name in given)} yet")
 
 
-def _check_tensor(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.shape != shape or tensor.dtype not in dtypes:
-        raise ValueError(
-            f"{name} must be {list(shape)} of {' or '.join(map(str, dtypes))}, "
-            f"got {list(tensor.shape)} of {tensor.dtype}"
-        )
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, router_logits on {device}; move one of them")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    _check_grad(name, tensor)
-
-
 def _check_out(
     out: Routing | Sequence[torch.Tensor], router_logits: torch.Tensor, spec: RouterSpec, contract: Contract
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,7 +265,7 @@ def _check_out(
     buffers = [buffer for buffer in out if buffer is not None]
     if len(buffers) != 2:
         raise ValueError(f"out must hold topk_weights and topk_ids, got {len(buffers)} buffers")
-    shape = (router_logits.shape[0], spec.top_k)
-    _check_tensor("out.topk_weights", buffers[0], shape, (contract.weights_dtype,), router_logits.device)
-    _check_tensor("out.topk_ids", buffers[1], shape, (contract.ids_dtype,), router_logits.device)
+    shape, beside = (router_logits.shape[0], spec.top_k), ("router_logits", router_logits)
+    check_tensor("out.topk_weights", buffers[0], shape, (contract.weights_dtype,), beside)
+    check_tensor("out.topk_ids", buffers[1], shape, (contract.ids_dtype,), beside)
     return buffers[0], buffers[1]
