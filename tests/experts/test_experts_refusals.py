@@ -212,6 +212,16 @@ def test_impl_and_spec(device):
         turnout.experts(*inputs.arguments[:3], "silu")
 
 
+def test_more_slots_than_int32_counts(impl):
+    inputs = CASE.make("meta")
+    routing = turnout.Routing(
+        torch.empty(2**28, 8, device="meta"), torch.empty(2**28, 8, dtype=torch.int32, device="meta")
+    )
+    hidden_states = torch.empty(2**28, 40, device="meta")
+    with pytest.raises(ValueError, match=r"\[268435456, 8\] makes more than 2147483647 slots.*fewer tokens at a time"):
+        turnout.experts(hidden_states, inputs.weights, routing, inputs.spec, impl=impl)
+
+
 def test_cpu_implementation_elsewhere(gpu):
     with pytest.raises(ValueError, match=r"impl='cpu' needs hidden_states on a CPU, got cuda.*use impl='triton'"):
         turnout.experts(*CASE.make(gpu).arguments, impl="cpu")

@@ -16,6 +16,7 @@ from turnout.types import ExpertsWeights, Routing
 
 IMPLS = ("reference", "cpu", "triton", "grouped")
 _CONTRACTS = {impl: contracts[f"turnout.experts.{impl}"] for impl in IMPLS}  # a compiler cannot trace the look-up
+_MOST_SLOTS = 2**31 - 1
 _STRUCTURES_DTYPES = {"bitmatrix": (torch.uint32,), "permuted_weights": WEIGHTS_DTYPES}
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -172,6 +173,11 @@ def check_routing(hidden_states: torch.Tensor, routing: Routing, num_experts: in
     top_k = topk_ids.shape[1] if isinstance(topk_ids, torch.Tensor) and topk_ids.dim() == 2 else None
     check_tensor("topk_ids", topk_ids, (num_tokens, top_k), IDS_DTYPES, beside)
     check_tensor("topk_weights", routing.topk_weights, (num_tokens, top_k), WEIGHTS_DTYPES, beside)
+    if num_tokens * routing.topk_ids.shape[1] > _MOST_SLOTS:
+        raise ValueError(
+            f"topk_ids {list(topk_ids.shape)} makes more than {_MOST_SLOTS} slots, which int32 cannot count; pass fewer "
+            "tokens at a time"
+        )
     if any(structure is not None for structure in routing[2:]):
         _check_structures(routing, num_experts, beside)
 

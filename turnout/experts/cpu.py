@@ -23,8 +23,8 @@ from turnout.types import ExpertsWeights, Routing
 
 # An expert's rows go through torch if there are more than FEW_ROWS and they make more than FEW_PRODUCTS products with
 # its weights; before that, own kernels are faster (measured on an AMD EPYC with AVX2).
-FEW_ROWS = 8
-FEW_PRODUCTS = 1 << 21
+FEW_ROWS = 16
+FEW_PRODUCTS = 1 << 19
 # Work is shared out among threads from this many products on: below, waking a thread costs more than it saves.
 PRODUCTS_PER_THREAD = 1 << 19
 BLOCK_ROWS = 64  # rows of an expert that own kernels take at a time
