@@ -175,8 +175,8 @@ def check_routing(hidden_states: torch.Tensor, routing: Routing, num_experts: in
     check_tensor("topk_weights", routing.topk_weights, (num_tokens, top_k), WEIGHTS_DTYPES, beside)
     if num_tokens * routing.topk_ids.shape[1] > _MOST_SLOTS:
         raise ValueError(
-            f"topk_ids {list(topk_ids.shape)} makes more than {_MOST_SLOTS} slots, which int32 cannot count; pass fewer "
-            "tokens at a time"
+            f"topk_ids {list(topk_ids.shape)} makes more than {_MOST_SLOTS} slots, which int32 cannot count; pass "
+            "fewer tokens at a time"
         )
     if any(structure is not None for structure in routing[2:]):
         _check_structures(routing, num_experts, beside)
