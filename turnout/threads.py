@@ -10,16 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def in_threads(run: Callable[[int, int], object], count: int, threads: int) -> None:
-    """Call ``run(start, end)`` for shares that make up range(count), the first one in the caller's own thread."""
+    """Call ``run(start, end)`` for shares that make up range(count), the first one in the caller's own thread.
+
+    All shares have ended when this does, also by an exception: the caller may then free what they write to.
+    """
     if threads <= 1 or count <= 1:
         run(0, count)
         return
     step = math.ceil(count / threads)
     shares = [(start, min(start + step, count)) for start in range(0, count, step)]
     others = [_pool().submit(run, *share) for share in shares[1:]]
-    run(*shares[0])
-    for other in others:
-        other.result()
+    try:
+        run(*shares[0])
+    finally:
+        errors = [other.exception() for other in others]  # waits for each
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -109,6 +110,23 @@ def test_an_exception_in_a_thread_is_raised():
 
     with pytest.raises(RuntimeError, match="from 2 to 4"):
         in_threads(fail_late, 4, 2)
+
+
+def test_an_exception_waits_for_the_other_shares():
+    """Ctrl-C in the caller's own share: the others still write to buffers that the caller is about to free."""
+    from turnout.threads import in_threads
+
+    ended = []
+
+    def interrupted(start, end):
+        if start == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        ended.append(start)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(interrupted, 4, 2)
+    assert ended == [2]
 
 
 @pytest.mark.parametrize(("count", "threads"), [(0, 3), (1, 3), (5, 1), (5, 2), (7, 3), (3, 8)])
