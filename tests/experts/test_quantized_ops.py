@@ -195,3 +195,18 @@ def test_launches_on_a_gpu(impl, scheme, gpu):
     arguments, _ = large_layer(scheme, gpu)
     most = 3 if scheme[0] == "w4a16" else 5
     assert launches(lambda i: turnout.experts(*arguments, impl=impl)) <= most + (impl == "grouped")
+
+
+@pytest.mark.parametrize("scheme", [W4A16, SCHEMES[3]], ids=["w4a16", "w8a8_int8"])
+def test_the_stride_of_one_row_compiles_nothing_anew(scheme, kernel_device, monkeypatch):
+    """Torch lets it be anything: the last of T tokens, cut from them, says T rows."""
+    kernels = pytest.importorskip("turnout.experts._triton_quantized", reason="triton is not installed")
+    seen, launch = [], kernels.launch_kernel
+    monkeypatch.setattr(kernels, "launch_kernel", lambda *given: (seen.append(given[4]), launch(*given)))
+    case = draw(scheme, 1, Sizes(4, 2, 64, 32), dtype=torch.float16, device=kernel_device)
+    for num_tokens in (1, 5):
+        row = case.hidden_states.expand(num_tokens, 64).contiguous()[None][:, -1]
+        assert row.stride() == (num_tokens * 64, 1)
+        other = case._replace(hidden_states=row)
+        check_errors(other, {"triton": turnout.experts(*other, impl="triton")})
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]

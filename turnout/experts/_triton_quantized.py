@@ -242,7 +242,7 @@ def _launch_gate_up(
         (hidden, hidden_scale, _stored(weights.gate_up_proj, widen), weights.gate_up_scale, topk_ids,
          blocks.sorted_token_ids, blocks.expert_ids, blocks.num_tokens_post_padded, values),
         (slots,),
-        (hidden.stride(0), topk_ids.shape[1], len(weights.down_proj), hidden_size, intermediate_size,
+        (_stride(hidden), topk_ids.shape[1], len(weights.down_proj), hidden_size, intermediate_size,
          *_scheme_of(spec, widen), spec.activation, spec.activation_alpha, spec.activation_limit, spec.up_offset,
          block_size, tile.rows // 2, columns_at_a_time(hidden_size, spec, tile)),
         tile.num_warps,
@@ -297,10 +297,15 @@ def _quantize(values: torch.Tensor, spec: ExpertsSpec, widen: bool) -> tuple[tor
     block = _next_power_of_2(columns)
     launch_kernel(
         _quantize_kernel, (rows, 1, 1), (values, stored, scale), (),
-        (values.stride(0), columns, highest, highest - lowest, torch.finfo(values.dtype).eps, block),
+        (_stride(values), columns, highest, highest - lowest, torch.finfo(values.dtype).eps, block),
         max(1, min(8, block // 512)),
     )  # fmt: skip
     return (stored if widen else quantized_values), scale
+
+
+def _stride(rows: torch.Tensor) -> int:
+    """How far rows lie apart, which kernels are compiled for; of one row it may be anything."""
+    return rows.stride(0) if len(rows) > 1 else 0
 
 
 def _stored(tensor: torch.Tensor, as_bytes: bool) -> torch.Tensor:
