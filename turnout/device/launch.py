@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def launch_kernel(
     key = (kernel, tensors[0].device, constants, num_warps, *wide, *dtypes)
     known = _compiled.get(key) if aligned else None
     if known is not None and are_of_usual_size(tensors):
-        known[grid](*addresses, *numbers, *constants)
+        known[grid](*addresses, *numbers, *constants, stream=current_stream(tensors[0].get_device()))  # type: ignore[union-attr]
         return
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
     if aligned and compiled is not None and are_of_usual_size(tensors):  # the interpreter returns nothing
@@ -73,6 +73,17 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
     if _device_count() > 1 and tensor.get_device() != torch.accelerator.current_device_index():
         return torch.accelerator.device_index(tensor.get_device())
     return _HERE
+
+
+def current_stream(device: int) -> int:
+    """The stream that a kernel on the current device goes to: asked for here, where the device is known already."""
+    return _stream_of_device()(device)
+
+
+@functools.cache
+def _stream_of_device() -> Callable[[int], int]:
+    ask: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
+    return ask
 
 
 @functools.cache

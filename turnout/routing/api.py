@@ -66,7 +66,8 @@ def route(
         NotImplementedError: the spec, contract or inputs ask for something by name that is not there yet.
     """
     inputs = _NO_INPUTS if inputs is None else inputs
-    _check_kinds(spec, contract, inputs)
+    if not (type(spec) is RouterSpec and type(contract) is Contract and type(inputs) is RoutingInputs):
+        _check_kinds(spec, contract, inputs)
     # A compiler sees through a cache, and warns of it.
     declarations = (check_declarations if torch.compiler.is_compiling() else prepare)(spec, contract)
     _check_logits(router_logits, spec)
@@ -178,18 +179,18 @@ def _check_kinds(spec: RouterSpec, contract: Contract, inputs: RoutingInputs) ->
 def _check_logits(router_logits: torch.Tensor, spec: RouterSpec) -> None:
     if not isinstance(router_logits, torch.Tensor):
         raise TypeError(f"router_logits must be a tensor [T, E], got {type(router_logits).__name__}")
-    if router_logits.dim() != 2:
+    shape = router_logits.shape
+    if len(shape) != 2:
         raise ValueError(
-            f"router_logits must be [T, E], got shape {list(router_logits.shape)}; flatten leading dimensions "
+            f"router_logits must be [T, E], got shape {list(shape)}; flatten leading dimensions "
             f"with router_logits.view(-1, {spec.num_experts})"
         )
-    if router_logits.shape[1] != spec.num_experts:
-        raise ValueError(
-            f"router_logits has {router_logits.shape[1]} columns, the spec has num_experts={spec.num_experts}"
-        )
+    if shape[1] != spec.num_experts:
+        raise ValueError(f"router_logits has {shape[1]} columns, the spec has num_experts={spec.num_experts}")
     if router_logits.dtype not in LOGITS_DTYPES:
         _refuse_dtype(router_logits)
-    if router_logits.stride(1) != 1 and router_logits.shape[1] > 1:
+    # Asking for a stride takes longer than asking whether it matters.
+    if not router_logits.is_contiguous() and router_logits.stride(1) != 1 and shape[1] > 1:
         raise ValueError(
             f"router_logits must have contiguous rows, got strides {router_logits.stride()}; rows may lie apart, "
             "columns may not: pass router_logits.contiguous() if the copy is meant"

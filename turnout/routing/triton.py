@@ -11,7 +11,7 @@ import triton.language as tl
 
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
-from turnout.device.launch import are_of_usual_size, on_device_of
+from turnout.device.launch import are_of_usual_size, current_stream, on_device_of
 from turnout.device.routing import route_rows
 from turnout.spec import RouterSpec
 
@@ -59,10 +59,11 @@ class Tile(NamedTuple):
 def choose_tile(num_tokens: int, block_e: int) -> Tile:
     """The fastest tile on an H200 (benchmarks/results): one row a program while programs are few or rows long."""
     if num_tokens <= 2048 or block_e > 128:
-        return Tile(1, 1)
+        return _ONE_ROW
     return Tile(512 // block_e, 1)
 
 
+_ONE_ROW = Tile(1, 1)
 _next_power_of_2 = functools.cache(triton.next_power_of_2)
 # Kernels with their constant arguments, by all that they are specialised on: Triton's own look-up takes longer.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -81,7 +82,8 @@ def launch(
     A kernel seen before is launched on bare addresses, the cheapest way.
     """
     scale, is_padding, num_valid, expert_map = tensors
-    num_tokens, row_stride = router_logits.shape[0], router_logits.stride(0)
+    num_tokens = router_logits.shape[0]
+    row_stride = spec.num_experts if router_logits.is_contiguous() else router_logits.stride(0)
     tile = choose_tile(num_tokens, _next_power_of_2(spec.num_experts))
     grid = (-(-num_tokens // tile.rows), 1, 1)
     logits_at, weights_at, ids_at = router_logits.data_ptr(), topk_weights.data_ptr(), topk_ids.data_ptr()
@@ -93,7 +95,7 @@ def launch(
     optional = (scale_at or 0) | (padding_at or 0) | (valid_at or 0) | (map_at or 0)
     remainder = (logits_at | weights_at | ids_at | optional) % 16
     specialization = (
-        spec.key, contract.key, tile, row_stride, router_logits.device, router_logits.dtype,
+        spec.key, contract.key, tile, row_stride, router_logits.get_device(), router_logits.dtype,
         None if scale is None else scale.dtype, padding_at is None, valid_at is None, map_at is None, remainder,
     )  # fmt: skip
     known = _compiled.get(specialization)
@@ -106,7 +108,7 @@ def launch(
             kernel, constants = known
             kernel[grid](
                 logits_at, scale_at, padding_at, valid_at, map_at, weights_at, ids_at, num_tokens, row_stride,
-                *constants,
+                *constants, stream=current_stream(router_logits.get_device()),
             )  # fmt: skip
             return
         check_support(router_logits, spec.num_experts)
