@@ -18,7 +18,7 @@ class Kernel:
     def __getitem__(self, grid):
         def run(*arguments, num_warps):
             self.launches.append("looked up")
-            return {grid: lambda *addresses: self.launches.append("kept")}
+            return {grid: lambda *addresses, stream: self.launches.append("kept")}
 
         return run
 
@@ -32,6 +32,7 @@ def launched(monkeypatch):
     """Launch once with the arguments of a first call, then with one of them changed; how the second went."""
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_compiles_by_size", lambda: False)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
 
     def run(**changed):
         kernel, first = Kernel(), {"tensors": (small(), None), "numbers": (5, 6), "constants": (8,), "num_warps": 4}
@@ -73,6 +74,7 @@ def test_numbers_past_32_bits_are_kept_apart(monkeypatch):
     """A kernel compiled for the one to be wide is none for the other."""
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_compiles_by_size", lambda: False)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
     kernel = Kernel()
     for numbers in ((2**31, 6), (5, 2**31), (2**32, 7)):
         launch.launch_kernel(kernel, (1, 1, 1), (small(),), numbers, (), 4)
@@ -84,6 +86,7 @@ def test_storages_past_2_gib_where_triton_compiles_by_size(by_size, monkeypatch)
     """As it does for AMD's GPUs: a kernel kept for less takes offsets of 32 bits, one for more is not kept."""
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_compiles_by_size", lambda: by_size)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
     less, more = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (2**31 - 1, 2**31))
     kernel = Kernel()
     for tensor in (more, less, more, less, more[:16]):  # the last: few elements of a large storage
