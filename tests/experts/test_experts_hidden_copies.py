@@ -14,7 +14,7 @@ BUFFERS = {"turnout::experts", "turnout::experts_out", "aten::empty_strided", "a
 # The experts of many rows on a CPU: parts of buffers and weights, products, and the offsets read by Python.
 GEMMS = {
     "aten::mm", "aten::addmm", "aten::new_empty", "aten::slice", "aten::select", "aten::as_strided", "aten::transpose",
-    "aten::resolve_conj", "aten::resolve_neg", "aten::expand",
+    "aten::resolve_conj", "aten::resolve_neg", "aten::expand", "aten::view",
 }  # fmt: skip
 
 
