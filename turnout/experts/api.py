@@ -153,17 +153,17 @@ def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: Ex
         gate_up, down = gate_up[::-1], down[::-1]
     check_tensor("gate_up_proj", weights.gate_up_proj, (num_experts, *gate_up), dtypes, beside)
     check_tensor("down_proj", down_proj, (num_experts, *down), dtypes, beside)
-    for name, columns in (("gate_up_bias", 2 * intermediate_size), ("down_bias", hidden_size)):
-        bias = getattr(weights, name)
-        if (bias is not None) != spec.bias:
-            raise ValueError(
-                f"the spec has bias={spec.bias}, but ExpertsWeights.{name} is {'missing' if bias is None else 'given'}"
-            )
-        if bias is not None:
-            check_tensor(name, bias, (num_experts, columns), dtypes, beside)
-    for name in ("gate_up_scale", "down_scale"):
-        if getattr(weights, name) is not None:
-            raise ValueError(f"the spec has quantization='none', but ExpertsWeights.{name} is given")
+    if spec.bias or weights.gate_up_bias is not None or weights.down_bias is not None:
+        for name, columns in (("gate_up_bias", 2 * intermediate_size), ("down_bias", hidden_size)):
+            bias = getattr(weights, name)
+            if (bias is not None) != spec.bias:
+                given = "missing" if bias is None else "given"
+                raise ValueError(f"the spec has bias={spec.bias}, but ExpertsWeights.{name} is {given}")
+            if bias is not None:
+                check_tensor(name, bias, (num_experts, columns), dtypes, beside)
+    if weights.gate_up_scale is not None or weights.down_scale is not None:
+        name = "down_scale" if weights.gate_up_scale is None else "gate_up_scale"
+        raise ValueError(f"the spec has quantization='none', but ExpertsWeights.{name} is given")
 
 
 def check_routing(hidden_states: torch.Tensor, routing: Routing, num_experts: int) -> None:
