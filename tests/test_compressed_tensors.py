@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import turnout
+from turnout.experts.quantization import _quantize_weight, dequantized
 from turnout.integrations.compressed_tensors import QuantizedExperts
 from turnout.testing.bits_per_byte import bits_per_byte
 from turnout.testing.tiny import TINY_GEMMA4, held_out_text, load_tiny_gemma4
@@ -285,8 +286,6 @@ def test_a_folder_that_is_no_checkpoint(folder):
 
 def test_linear_layers_beside_the_experts(folder, stock):
     """Quantised in weights alone they are dequantised; with their activations they are refused."""
-    from turnout.experts.quantization import _quantize_weight, dequantized
-
     spec = turnout.ExpertsSpec(quantization="w4a16", group_size=32)
     name = "model.layers.0.self_attn.q_proj"
     packed, scale = _quantize_weight(stock.get_parameter(f"{name}.weight").detach(), spec)
@@ -304,3 +303,22 @@ def test_linear_layers_beside_the_experts(folder, stock):
     change(folder / "config.json", lambda config: config | {"quantization_config": recipe | {"ignore": ignore}})
     with pytest.raises(NotImplementedError, match=r"q_proj is quantised with its activations.*in experts alone"):
         turnout.load_quantized(folder)
+
+
+def test_the_bias_of_a_quantised_linear_layer_is_no_weight(tmp_path):
+    fields = {**TEXT_FIELDS, **MOE_FIELDS, "moe_intermediate_size": 32, "attention_bias": True}
+    stock = Gemma4ForCausalLM._from_config(Gemma4TextConfig(**fields), dtype=torch.float32).eval()
+    write_checkpoint(tmp_path, stock, "w4a16")
+    name = "model.layers.0.self_attn.q_proj"
+    spec = turnout.ExpertsSpec(quantization="w4a16", group_size=32)
+    packed, scale = _quantize_weight(stock.get_parameter(f"{name}.weight").detach(), spec)
+    tensors, bias = load_file(tmp_path / SAFETENSORS), torch.randn(packed.shape[0])
+    del tensors[f"{name}.weight"]
+    tensors |= {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.ones(2)}
+    save_file(tensors | {f"{name}.bias": bias}, tmp_path / SAFETENSORS)
+    recipe = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    recipe["ignore"] = [pattern for pattern in recipe["ignore"] if "attn" not in pattern]
+    change(tmp_path / "config.json", lambda config: config | {"quantization_config": recipe})
+    model = turnout.load_quantized(tmp_path)
+    assert torch.equal(model.get_parameter(f"{name}.bias"), bias)
+    assert torch.equal(model.get_parameter(f"{name}.weight"), dequantized(packed, scale, spec))

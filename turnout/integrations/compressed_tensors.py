@@ -241,9 +241,9 @@ def _load_the_rest(model: Any, checkpoint: _Checkpoint, recipe: Recipe, done: tu
 
 
 def _read_plain(name: str, checkpoint: _Checkpoint, recipe: Recipe) -> torch.Tensor:
-    """A tensor as it is; that of a linear module quantised in weights alone dequantised."""
-    module = name.rpartition(".")[0]
-    if f"{module}.weight_scale" not in checkpoint:
+    """A tensor as it is; the weight of a linear module that is quantised in weights alone, dequantised."""
+    module, _, parameter = name.rpartition(".")
+    if parameter != "weight" or f"{module}.weight_scale" not in checkpoint:
         return checkpoint.read(name)
     scheme = recipe.scheme_of(module)
     if scheme is None or scheme.quantization != "w4a16":
