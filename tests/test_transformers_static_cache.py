@@ -119,3 +119,31 @@ class TestOnAGpu:
         apply(model)
         assert torch.equal(decoded_tokens(Variant(model), prompts, 8), stock)
         assert torch.equal(decoded_tokens(Variant(model, is_compiled=True), prompts, 8), stock)
+
+    @pytest.mark.parametrize(("tokens", "most"), [(1, 3), (16, 6), (1024, 6)])
+    def test_a_layer_is_few_launches_after_its_projection_and_never_waits(self, cuda, tokens, most):
+        """Few tokens: routing, gate_up, down. Many: besides these the order of the slots, in two, and the sum."""
+        model = load_tiny_gemma4(torch.bfloat16).to(cuda)
+        apply(model)
+        layer = model.model.layers[0]
+        router, hidden_states = layer.router, torch.randn(tokens, 128, dtype=torch.bfloat16, device=cuda)
+
+        def projected():
+            router.proj(router.norm(hidden_states) * router.scale * router.scalar_root_size)
+
+        def whole():
+            _, topk_weights, topk_ids = router(hidden_states)
+            layer.experts(hidden_states, topk_ids, topk_weights)
+
+        with torch.no_grad():
+            for call in (projected, whole):
+                call()  # compiles
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                whole()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            before, counts = count(projected, cuda), count(whole, cuda)
+        assert counts.launches - before.launches <= most
+        assert counts.copies == before.copies
