@@ -2,9 +2,10 @@
 
 python benchmarks/permutation_times.py [--json FILE]
 
-Graph replay, logits drawn anew for each call of a graph, variants interleaved; every structure is checked before it is
-timed. Peers: plain torch (stable sort, searchsorted), vLLM's moe_align_block_size and triton_kernels' own routing where
-these are importable (PYTHONPATH with a folder that holds vllm/ is enough for the second).
+Graph replay, logits drawn anew for each call of a graph, variants interleaved. The structures that routing writes are
+checked before they are timed, up to 4096 tokens. Peers: plain torch (stable sort, searchsorted), vLLM's
+moe_align_block_size and triton_kernels' own routing where these are importable (PYTHONPATH with a folder that holds
+vllm/ is enough for the second).
 """
 
 import argparse

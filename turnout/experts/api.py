@@ -33,9 +33,11 @@ def experts(
 ) -> torch.Tensor:
     """Run each token through the K experts that it chose, and sum their outputs by weight.
 
-    The activation is rounded to the dtype of ``hidden_states``; products and sums are in float32, those over the K
-    experts in the order k = 0 .. K-1. A slot whose id is no expert, or whose weight is exactly 0, contributes nothing,
-    whatever its values; nor does an expert that nobody chose. Results are the same at every run.
+    Products and sums are in float32, those over the K experts in the order k = 0 .. K-1. Rounded to the dtype of
+    ``hidden_states`` are the activation, each expert's output (``"triton"`` keeps that of plain weights in float32),
+    and the first projection where a CPU's torch multiplies 16-bit matrices. A slot whose id is no expert, or whose
+    weight is exactly 0, contributes nothing, whatever its values; nor does an expert that nobody chose. Results are
+    the same at every run.
 
     Args:
         hidden_states: [T, H] float32, bfloat16 or float16; rows may lie apart, T may be 0.
