@@ -19,6 +19,7 @@ import turnout
 from turnout.bench.timing import graph_times, launches
 from turnout.contracts import PADDED_BLOCK_MAP
 from turnout.integrations import triton_kernels
+from turnout.machine import environment
 from turnout.permutation import triton as kernels
 from turnout.testing.permutation import assert_permutation_matches
 
@@ -136,7 +137,7 @@ def main() -> None:
     if options.json:
         columns = ["num_tokens", "name", "median_us", "lower_us", "upper_us", "launches", "host_us"]
         with open(options.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "columns": columns,
+            json.dump({"environment": environment("cuda"), "columns": columns,
                        "rows": rows}, file, indent=1)  # fmt: skip
 
 
