@@ -3,14 +3,14 @@
 import torch
 from triton.compiler import ASTSource
 
+from turnout.permutation.triton import experts_of_tile
 from turnout.remap import triton as remap
 
 POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
 NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, SCALES = 60, 6, 96, 80, 3
-PLACE = {"tiles": (torch.int32, False, True), "one_tile": (torch.int64, True, False)}  # ids, is there a map, tiles
 COPY = {"16_bits": (torch.int16, None), "mxfp8": (torch.uint8, torch.uint8)}  # rows, scales
 GEMM = {  # dtype, activation (None: the down projection), transposed, interleaved, bias
     "gelu_tanh": (torch.float16, "gelu_tanh", False, False, False),
@@ -21,16 +21,7 @@ GEMM = {  # dtype, activation (None: the down projection), transposed, interleav
 
 def sources():
     """Each kernel in each case, as `turnout.remap` launches it."""
-    tile, block_e = 128, remap._experts_at_once(NUM_EXPERTS)
-    found = {}
-    for case, (ids, has_map, has_tiles) in PLACE.items():
-        pointers = {"ids_ptr": POINTER[ids], "map_ptr": "*i32" if has_map else None, "tile_counts_ptr": "*i32"}
-        constants = {"NUM_EXPERTS": NUM_EXPERTS, "BLOCK_S": tile, "BLOCK_E": block_e}
-        found["_count_local_kernel", case] = source(remap._count_local_kernel, pointers, constants)
-        pointers |= {"tokens_per_expert_ptr": "*i32", "positions_ptr": "*i32"}
-        pointers |= {} if has_tiles else {"tile_counts_ptr": None}
-        constants |= {"BLOCK_TILES": remap._TILES_AT_A_TIME}
-        found["_place_local_kernel", case] = source(remap._place_local_kernel, pointers, constants)
+    block_e, found = experts_of_tile(NUM_EXPERTS), {}
     for case, (rows, scales) in COPY.items():
         pointers = {name: POINTER[rows] for name in ("hidden_ptr", "rows_ptr")}
         pointers |= {name: scales and POINTER[scales] for name in ("scales_ptr", "row_scales_ptr")}
@@ -54,14 +45,14 @@ def gemm(dtype, activation, transposed, interleaved, bias):
         "COLUMN_STRIDE": rows if transposed else 1, "IN": columns, "OUT": outs, "GATED": activation is not None,
         "INTERLEAVED": interleaved, "ACTIVATION": activation or "none", "ALPHA": 1.702 if interleaved else 1.0,
         "LIMIT": 7.0 if interleaved else None, "UP_OFFSET": 1.0 if interleaved else 0.0, "NUM_EXPERTS": NUM_EXPERTS,
-        "BLOCK_E": remap._experts_at_once(NUM_EXPERTS), "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32,
+        "BLOCK_E": experts_of_tile(NUM_EXPERTS), "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32,
     }  # fmt: skip
     return source(remap._remapped_gemm_kernel, pointers, constants)
 
 
 def source(kernel, pointers, constants):
     """What Triton would compile for a call; numbers are those of 32 bits that it does not specialise on."""
-    numbers = dict.fromkeys(("num_slots", "map_size", "num_tiles", "num_tokens", "num_rows"), "i32")
+    numbers = dict.fromkeys(("num_tokens", "num_rows"), "i32")
     signature = {name: (pointers | numbers).get(name) or "constexpr" for name in kernel.arg_names}
     given = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
     return ASTSource(fn=kernel, signature=signature, constexprs=given)

@@ -5,6 +5,8 @@ import torch
 
 import turnout
 from turnout.contracts import IDS_DTYPES, STRUCTURES, STRUCTURES_DTYPES, WEIGHTS_DTYPES
+from turnout.impls import launch_of
+from turnout.testing.inputs import poisoned_buffer
 from turnout.testing.permutation import make_ids
 
 ALL = turnout.Contract(structures=STRUCTURES, block_size=4, sentinel=-1)
@@ -77,3 +79,17 @@ def test_the_example_of_moe_align_block_size(impl, device):
 def test_an_expert_chosen_twice_in_a_row(permuted, device):
     """`route` never writes that, but ids of another producer may (padding of expert parallelism)."""
     permuted(torch.tensor([[3, 3, 0], [1, 3, 1]], dtype=torch.int32, device=device), 4, ALL)
+
+
+def test_ids_through_a_map_are_those_that_it_gives(impl, device):
+    """Which remap asks of the launch: ids outside of the map, and entries that are no expert, have no position."""
+    ids = torch.tensor([[2, 0, 7], [5, 1, -1], [3, 6, 4]], dtype=torch.int16, device=device)
+    expert_map = torch.tensor([1, -1, 0, 2, 3, 2, 9], dtype=torch.int32, device=device)
+    mapped = torch.tensor([[0, 1, -1], [2, -1, -1], [2, 9, 3]], dtype=torch.int32, device=device)
+    weights = torch.arange(9.0, device=device).view(3, 3)
+    want = turnout.permute(mapped, 4, ALL, topk_weights=weights, impl=impl)
+    buffers = [poisoned_buffer(tuple(t.shape), t.dtype, t.device, 0x7B) for t in want]
+    launch_of("permutation", impl)(ids, weights, 4, ALL, turnout.Permutation(*(b.tensor for b in buffers)), expert_map)
+    for name, buffer, right in zip(STRUCTURES, buffers, want, strict=True):
+        assert buffer.guards_hold(), name
+        assert torch.equal(buffer.tensor, right), name

@@ -27,9 +27,15 @@ def expert_of(ids, NUM_EXPERTS: tl.constexpr, NO_EXPERT: tl.constexpr):
 
 
 @triton.jit
-def load_experts(ids_ptr, slots, num_slots, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The experts of slots; BLOCK_E past the last slot, too."""
-    return expert_of(tl.load(ids_ptr + slots, mask=slots < num_slots, other=NUM_EXPERTS), NUM_EXPERTS, BLOCK_E)
+def load_experts(
+    ids_ptr, map_ptr, map_size, slots, is_slot, NUM_EXPERTS: tl.constexpr, NO_EXPERT: tl.constexpr
+):  # fmt: skip
+    """The experts of slots, through a map [map_size] if there is one; NO_EXPERT where there is none, and no slot."""
+    ids = tl.load(ids_ptr + slots, mask=is_slot, other=0)
+    if map_ptr is not None:
+        is_slot = is_slot & (ids >= 0) & (ids < map_size)
+        ids = tl.load(map_ptr + ids, mask=is_slot, other=0)
+    return tl.where(is_slot, expert_of(ids, NUM_EXPERTS, NO_EXPERT), NO_EXPERT)
 
 
 @triton.jit
@@ -74,6 +80,8 @@ def fill(ptr, value, first, end, program, programs):
 @triton.jit
 def write_bitmatrix(
     ids_ptr,
+    map_ptr,
+    map_size,
     bitmatrix_ptr,
     num_tokens,
     program,
@@ -88,8 +96,9 @@ def write_bitmatrix(
     for start in range(program * ROWS, num_tokens, programs * ROWS):
         rows = start + tl.arange(0, ROWS)
         is_slot = (rows < num_tokens)[:, None] & (columns < TOP_K)
-        ids = tl.load(ids_ptr + rows[:, None] * TOP_K + columns, mask=is_slot, other=NUM_EXPERTS)
-        experts = expert_of(ids, NUM_EXPERTS, 32 * WORDS)  # a bit of the word behind the last
+        slots = rows[:, None] * TOP_K + columns
+        NO_EXPERT: tl.constexpr = 32 * WORDS  # a bit of the word behind the last
+        experts = load_experts(ids_ptr, map_ptr, map_size, slots, is_slot, NUM_EXPERTS, NO_EXPERT)
         for word in range(WORDS):
             bits = tl.where((experts >> 5) == word, 1 << (experts & 31), 0)
             tl.store(bitmatrix_ptr + rows * WORDS + word, tl.reduce_or(bits, axis=1), mask=rows < num_tokens)
@@ -213,6 +222,7 @@ def write_unused(
 @triton.jit
 def permute_in_one_program(
     ids_ptr,  # [T, K]
+    map_ptr,  # [map_size] or None
     weights_ptr,  # [T, K] or None
     tokens_per_expert_ptr,
     expert_offsets_ptr,
@@ -226,6 +236,7 @@ def permute_in_one_program(
     block_offsets_ptr,
     block_schedule_ptr,
     num_tokens,
+    map_size,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -236,14 +247,17 @@ def permute_in_one_program(
     """Order at most BLOCK_S slots whose ids lie in memory, and write what is not None."""
     program = tl.program_id(0).to(tl.int64)  # 0
     num_slots = num_tokens.to(tl.int64) * TOP_K
-    experts = load_experts(ids_ptr, tl.arange(0, BLOCK_S), num_slots, NUM_EXPERTS, BLOCK_E)
+    slots = tl.arange(0, BLOCK_S)
+    experts = load_experts(ids_ptr, map_ptr, map_size, slots, slots < num_slots, NUM_EXPERTS, BLOCK_E)
     counts = count_slots(experts, BLOCK_E)
     write_expert_structures(
         counts, tokens_per_expert_ptr, expert_offsets_ptr, num_tokens_post_padded_ptr, block_offsets_ptr,
         NUM_EXPERTS, BLOCK_SIZE, BLOCK_E,
     )  # fmt: skip
     if bitmatrix_ptr is not None:
-        write_bitmatrix(ids_ptr, bitmatrix_ptr, num_tokens, program, 1, NUM_EXPERTS, TOP_K, BLOCK_K)
+        write_bitmatrix(
+            ids_ptr, map_ptr, map_size, bitmatrix_ptr, num_tokens, program, 1, NUM_EXPERTS, TOP_K, BLOCK_K
+        )  # fmt: skip
     if sorted_token_ids_ptr is not None:
         end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE) * BLOCK_SIZE
         fill(sorted_token_ids_ptr, num_slots, program, end, program, 1)

@@ -18,8 +18,9 @@ def store(address, is_64_bit, index, value):
 
 
 @njit(nogil=True, cache=True)
-def load_experts(ids_address, ids_code, num_slots, num_experts, experts):
-    """The expert of each slot; num_experts for an id that is none."""
+def load_experts(ids_address, ids_code, map_address, map_size, num_slots, num_experts, experts):
+    """The expert of each slot, through the map if there is one; num_experts for an id that is none."""
+    expert_map = carray(pointer(map_address), map_size, np.int32)
     ids16 = carray(pointer(ids_address), num_slots, np.int16)
     ids32 = carray(pointer(ids_address), num_slots, np.int32)
     ids64 = carray(pointer(ids_address), num_slots, np.int64)
@@ -30,6 +31,8 @@ def load_experts(ids_address, ids_code, num_slots, num_experts, experts):
             expert = np.int64(ids32[slot])
         else:
             expert = ids64[slot]
+        if map_address:
+            expert = np.int64(expert_map[expert]) if 0 <= expert < map_size else np.int64(-1)
         experts[slot] = expert if 0 <= expert < num_experts else num_experts
 
 
@@ -109,15 +112,19 @@ def write_weights(weights_address, permuted_address, element_size, slots, used):
 
 @njit(nogil=True, cache=True)
 def permute_slots(
-    ids_address, ids_code, num_tokens, top_k, num_experts, is_64_bit, block_size, max_blocks,
+    ids_address, ids_code, map_address, map_size, num_tokens, top_k, num_experts, is_64_bit, block_size, max_blocks,
     schedules, smallest, max_scheduled, weights_address, weights_size, tokens_per_expert, expert_offsets, permuted_idx,
     inv_permuted_idx, sorted_token_ids, expert_ids, num_tokens_post_padded, bitmatrix, permuted_weights, block_offsets,
     block_schedule,
 ):  # fmt: skip
-    """Order slots by a counting sort, and write the structures; addresses of those that are absent are 0."""
+    """Order slots by a counting sort, and write the structures; addresses of those that are absent are 0.
+
+    Returns:
+        How many slots have a position.
+    """
     num_slots = num_tokens * top_k
     experts = np.empty(num_slots, np.int64)
-    load_experts(ids_address, ids_code, num_slots, num_experts, experts)
+    load_experts(ids_address, ids_code, map_address, map_size, num_slots, num_experts, experts)
     counts = np.zeros(num_experts + 1, np.int64)  # the last: slots without an expert
     for slot in range(num_slots):
         counts[experts[slot]] += 1
@@ -149,3 +156,4 @@ def permute_slots(
             write_offsets(block_offsets, is_64_bit, row * (num_experts + 1), counts, size, num_experts)
         if block_schedule:
             write_schedule(block_schedule, is_64_bit, row * max_scheduled, counts, size, max_scheduled)
+    return used

@@ -28,8 +28,13 @@ def launch(
     num_experts: int,
     contract: Contract,
     permutation: Permutation,
-) -> None:
-    """Write the structures whose buffers are there."""
+    expert_map: torch.Tensor | None = None,
+) -> int:
+    """Write the structures whose buffers are there.
+
+    Returns:
+        How many slots have a position.
+    """
     if not topk_ids.is_cpu:
         raise ValueError(f"impl='cpu' needs ids on a CPU, got {topk_ids.device}; use impl='triton' or impl='auto'")
     num_tokens, top_k = topk_ids.shape
@@ -37,12 +42,14 @@ def launch(
     sorted_ids, block_size = permutation.sorted_token_ids, contract.block_size or 1
     blocks = len(expert_ids) if expert_ids is not None else 0
     blocks = len(sorted_ids) // block_size if sorted_ids is not None else blocks
-    _kernel()(
-        topk_ids.data_ptr(), _IDS_CODE[topk_ids.dtype], num_tokens, top_k, num_experts,
+    used: int = _kernel()(
+        topk_ids.data_ptr(), _IDS_CODE[topk_ids.dtype],
+        _address(expert_map), 0 if expert_map is None else len(expert_map), num_tokens, top_k, num_experts,
         contract.structures_dtype == torch.int64, block_size, blocks,
         len(SCHEDULE_BLOCK_SIZES), SCHEDULE_BLOCK_SIZES[0], 0 if schedule is None else schedule.shape[1],
         _address(topk_weights), contract.weights_dtype.itemsize, *map(_address, permutation),
     )  # fmt: skip
+    return used
 
 
 def launch_routed(

@@ -17,14 +17,14 @@ def launch(
     num_experts: int,
     contract: Contract,
     permutation: Permutation,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
     """Write the structures whose buffers are there."""
-    ids = topk_ids.flatten().long()
-    is_expert = (ids >= 0) & (ids < num_experts)
-    experts = torch.where(is_expert, ids, num_experts)  # the others last
+    experts = experts_of(topk_ids, num_experts, expert_map)
+    is_expert = experts < num_experts
     sorted_experts, slots = torch.sort(experts, stable=True)
-    positions = torch.arange(len(ids), device=ids.device)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    positions = torch.arange(len(experts), device=experts.device)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
     counts = counts.scatter_add_(0, experts, torch.ones_like(experts))[:num_experts]
     offsets = offsets_of(counts)
     is_used = positions < offsets[-1]
@@ -43,7 +43,7 @@ def launch(
     if contract.block_size is not None:
         first = offsets_of(blocks_of(counts, contract.block_size))
         at = first[sorted_experts] * contract.block_size + ranks
-        _write_at(permutation.sorted_token_ids, at, slots, is_used, len(ids))
+        _write_at(permutation.sorted_token_ids, at, slots, is_used, len(experts))
         _write_at(permutation.expert_ids, at // contract.block_size, sorted_experts, is_used, -1)
         _write(permutation.num_tokens_post_padded, first[-1:] * contract.block_size)
     for row, block_size in enumerate(SCHEDULE_BLOCK_SIZES):
@@ -66,6 +66,18 @@ def launch_routed(
     weights, ids, *_ = out
     routing.launch(router_logits, spec, contract, tensors, weights, ids)
     launch(ids, weights, contract.num_ids(spec.num_experts), contract, out.permutation)
+
+
+def experts_of(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None = None) -> torch.Tensor:
+    """The expert of each slot, through the map if there is one, [T * K] int64; num_experts where there is none.
+
+    There is none for ids outside of the map (or, without one, of the experts), and where the map says no expert.
+    """
+    ids = topk_ids.flatten().long()
+    if expert_map is not None:
+        is_mapped = (ids >= 0) & (ids < len(expert_map))
+        ids = torch.where(is_mapped, expert_map.long()[ids.where(is_mapped, 0)], -1)
+    return torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
 
 def offsets_of(counts: torch.Tensor) -> torch.Tensor:

@@ -41,9 +41,10 @@ from turnout.types import Permutation, Routing
 MAX_SLOTS_OF_ONE_LAUNCH = MAX_TILE_SLOTS
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "map_size"])
 def _permute_kernel(
     ids_ptr,
+    map_ptr,
     weights_ptr,
     tokens_per_expert_ptr,
     expert_offsets_ptr,
@@ -57,6 +58,7 @@ def _permute_kernel(
     block_offsets_ptr,
     block_schedule_ptr,
     num_tokens,
+    map_size,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -66,9 +68,10 @@ def _permute_kernel(
 ):
     """Grid: (1,)."""
     permute_in_one_program(
-        ids_ptr, weights_ptr, tokens_per_expert_ptr, expert_offsets_ptr, permuted_idx_ptr, inv_permuted_idx_ptr,
-        sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, bitmatrix_ptr, permuted_weights_ptr,
-        block_offsets_ptr, block_schedule_ptr, num_tokens, NUM_EXPERTS, TOP_K, BLOCK_SIZE, BLOCK_S, BLOCK_E, BLOCK_K,
+        ids_ptr, map_ptr, weights_ptr, tokens_per_expert_ptr, expert_offsets_ptr, permuted_idx_ptr,
+        inv_permuted_idx_ptr, sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, bitmatrix_ptr,
+        permuted_weights_ptr, block_offsets_ptr, block_schedule_ptr, num_tokens, map_size, NUM_EXPERTS, TOP_K,
+        BLOCK_SIZE, BLOCK_S, BLOCK_E, BLOCK_K,
     )  # fmt: skip
 
 
@@ -117,20 +120,23 @@ def _route_permute_kernel(
             BLOCK_T, BLOCK_LOGITS, BLOCK_K,
         )  # fmt: skip
     tl.debug_barrier()  # ids and weights are read by other threads than wrote them
-    permute_in_one_program(
-        ids_ptr, weights_ptr, tokens_per_expert_ptr, expert_offsets_ptr, permuted_idx_ptr, inv_permuted_idx_ptr,
-        sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, bitmatrix_ptr, permuted_weights_ptr,
-        block_offsets_ptr, block_schedule_ptr, num_tokens, NUM_IDS, TOP_K, BLOCK_SIZE, BLOCK_S, BLOCK_E, BLOCK_K,
+    permute_in_one_program(  # the ids are mapped
+        ids_ptr, None, weights_ptr, tokens_per_expert_ptr, expert_offsets_ptr, permuted_idx_ptr,
+        inv_permuted_idx_ptr, sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, bitmatrix_ptr,
+        permuted_weights_ptr, block_offsets_ptr, block_schedule_ptr, num_tokens, 0, NUM_IDS, TOP_K, BLOCK_SIZE,
+        BLOCK_S, BLOCK_E, BLOCK_K,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens", "run"])
+@triton.jit(do_not_specialize=["num_tokens", "map_size", "run"])
 def _count_kernel(
     ids_ptr,  # [T, K]
+    map_ptr,  # [map_size] or None
     counts_ptr,  # [programs, E] int32
     sorted_token_ids_ptr,
     bitmatrix_ptr,
     num_tokens,
+    map_size,
     run,  # slots of a program, a multiple of BLOCK_S
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -146,19 +152,23 @@ def _count_kernel(
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(program * run, tl.minimum((program + 1) * run, num_slots), BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
-        counts += count_slots(load_experts(ids_ptr, slots, num_slots, NUM_EXPERTS, BLOCK_E), BLOCK_E)
-    experts = tl.arange(0, BLOCK_E)
-    tl.store(counts_ptr + program * NUM_EXPERTS + experts, counts, mask=experts < NUM_EXPERTS)
+        experts = load_experts(ids_ptr, map_ptr, map_size, slots, slots < num_slots, NUM_EXPERTS, BLOCK_E)
+        counts += count_slots(experts, BLOCK_E)
+    columns = tl.arange(0, BLOCK_E)
+    tl.store(counts_ptr + program * NUM_EXPERTS + columns, counts, mask=columns < NUM_EXPERTS)
     if sorted_token_ids_ptr is not None:
         end = max_blocks(num_slots, NUM_EXPERTS, BLOCK_SIZE) * BLOCK_SIZE
         fill(sorted_token_ids_ptr, num_slots, 0, end, program, programs)
     if bitmatrix_ptr is not None:
-        write_bitmatrix(ids_ptr, bitmatrix_ptr, num_tokens, program, programs, NUM_EXPERTS, TOP_K, BLOCK_K)
+        write_bitmatrix(
+            ids_ptr, map_ptr, map_size, bitmatrix_ptr, num_tokens, program, programs, NUM_EXPERTS, TOP_K, BLOCK_K
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens", "run"])
+@triton.jit(do_not_specialize=["num_tokens", "map_size", "run"])
 def _place_kernel(
     ids_ptr,  # [T, K]
+    map_ptr,  # [map_size] or None
     weights_ptr,  # [T, K] or None
     counts_ptr,  # [programs, E] int32
     tokens_per_expert_ptr,
@@ -172,6 +182,7 @@ def _place_kernel(
     block_offsets_ptr,
     block_schedule_ptr,
     num_tokens,
+    map_size,
     run,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -204,7 +215,7 @@ def _place_kernel(
     next_positions = starts_of(counts) + before
     for start in range(program * run, tl.minimum((program + 1) * run, num_slots), BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
-        experts = load_experts(ids_ptr, slots, num_slots, NUM_EXPERTS, BLOCK_E)
+        experts = load_experts(ids_ptr, map_ptr, map_size, slots, slots < num_slots, NUM_EXPERTS, BLOCK_E)
         in_tile = count_slots(experts, BLOCK_E)
         experts, slots = sort_slots(experts, BLOCK_S)
         # A sorted slot stands as far behind the tile's first of its expert as that expert's next position asks.
@@ -255,14 +266,13 @@ def launch(
     num_experts: int,
     contract: Contract,
     permutation: Permutation,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
     """Write the structures whose buffers are there, in at most two launches."""
     _check_support(topk_ids, num_experts)
+    few = topk_ids.shape[0] * topk_ids.shape[1] <= MAX_SLOTS_OF_ONE_LAUNCH
     with on_device_of(topk_ids):
-        if topk_ids.shape[0] * topk_ids.shape[1] <= MAX_SLOTS_OF_ONE_LAUNCH:
-            _launch_one(topk_ids, topk_weights, num_experts, contract, permutation)
-        else:
-            _launch_two(topk_ids, topk_weights, num_experts, contract, permutation)
+        (_launch_one if few else _launch_two)(topk_ids, expert_map, topk_weights, num_experts, contract, permutation)
 
 
 def launch_routed(
@@ -299,33 +309,46 @@ def rows_of_one_launch(num_tokens: int, num_experts: int, num_warps: int) -> rou
 
 
 def _launch_one(
-    ids: torch.Tensor, weights: torch.Tensor | None, num_experts: int, contract: Contract, permutation: Permutation
+    ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    num_experts: int,
+    contract: Contract,
+    permutation: Permutation,
 ) -> None:
     num_tokens, top_k = ids.shape
     tile, num_warps = tile_of_one_launch(num_tokens * top_k)
     constants = (
         num_experts, top_k, contract.block_size or 1, tile, experts_of_tile(num_experts), _next_power_of_2(top_k)
     )  # fmt: skip
-    launch_kernel(
-        _permute_kernel, (1, 1, 1), (ids, weights, *permutation), (num_tokens,), constants, num_warps
-    )  # fmt: skip
+    tensors, numbers = (ids, expert_map, weights, *permutation), (num_tokens, _size_of(expert_map))
+    launch_kernel(_permute_kernel, (1, 1, 1), tensors, numbers, constants, num_warps)
 
 
 def _launch_two(
-    ids: torch.Tensor, weights: torch.Tensor | None, num_experts: int, contract: Contract, permutation: Permutation
+    ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    num_experts: int,
+    contract: Contract,
+    permutation: Permutation,
 ) -> None:
     num_tokens, top_k = ids.shape
     shares = share_out(num_tokens * top_k, num_experts)
-    grid, numbers = (shares.programs, 1, 1), (num_tokens, shares.run)
+    grid, numbers = (shares.programs, 1, 1), (num_tokens, _size_of(expert_map), shares.run)
     counts = torch.empty_strided(
         (shares.programs, num_experts), (num_experts, 1), dtype=torch.int32, device=ids.device
     )  # fmt: skip
     constants = (num_experts, top_k, contract.block_size or 1, shares.tile, experts_of_tile(num_experts))
-    tensors = (ids, counts, permutation.sorted_token_ids, permutation.bitmatrix)
-    launch_kernel(_count_kernel, grid, tensors, numbers, (*constants, _next_power_of_2(top_k)), shares.num_warps)
-    written = permutation._replace(bitmatrix=None)
-    placed = [buffer for name, buffer in zip(written._fields, written, strict=True) if name != "bitmatrix"]
-    launch_kernel(_place_kernel, grid, (ids, weights, counts, *placed), numbers, constants, shares.num_warps)
+    counted = (ids, expert_map, counts, permutation.sorted_token_ids, permutation.bitmatrix)
+    launch_kernel(_count_kernel, grid, counted, numbers, (*constants, _next_power_of_2(top_k)), shares.num_warps)
+    placed = [buffer for name, buffer in zip(permutation._fields, permutation, strict=True) if name != "bitmatrix"]
+    tensors = (ids, expert_map, weights, counts, *placed)
+    launch_kernel(_place_kernel, grid, tensors, numbers, constants, shares.num_warps)
+
+
+def _size_of(expert_map: torch.Tensor | None) -> int:
+    return 0 if expert_map is None else expert_map.shape[0]
 
 
 def _check_support(topk_ids: torch.Tensor, num_experts: int) -> None:

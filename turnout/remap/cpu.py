@@ -7,9 +7,11 @@ import types
 
 import torch
 
+from turnout.contracts import Contract
 from turnout.experts import cpu as experts
+from turnout.permutation import cpu as permutation
 from turnout.spec import ExpertsSpec
-from turnout.types import ExpertsWeights, Routing
+from turnout.types import ExpertsWeights, Permutation, Routing
 
 
 def launch(
@@ -24,13 +26,12 @@ def launch(
 ) -> None:
     """Remap integers into the buffers."""
     _check_support(hidden_states)
-    token_at = torch.empty(topk_ids.numel(), dtype=torch.int64)
-    used = _kernels().place_slots(
-        topk_ids.data_ptr(), topk_ids.dtype == torch.int64,
-        0 if expert_map is None else expert_map.data_ptr(), 0 if expert_map is None else len(expert_map),
-        *topk_ids.shape, len(tokens_per_expert),
-        tokens_per_expert.data_ptr(), inv_permuted_idx.data_ptr(), token_at.data_ptr(),
+    token_at = torch.empty(topk_ids.numel(), dtype=torch.int32)  # first the slot at each position
+    written = Permutation(
+        tokens_per_expert=tokens_per_expert, permuted_idx=token_at, inv_permuted_idx=inv_permuted_idx
     )  # fmt: skip
+    used = permutation.launch(topk_ids, None, len(tokens_per_expert), Contract(), written, expert_map)
+    _kernels().name_tokens(token_at.data_ptr(), used, topk_ids.shape[1])
     for source, target in ((hidden_states, rows), (hidden_states_scales, scales)):
         if source is not None and target is not None:
             torch.index_select(source, 0, token_at[:used], out=target[:used])

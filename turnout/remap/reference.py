@@ -11,18 +11,6 @@ from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Permutation
 
 
-def local_ids(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """The local expert of each slot, [T * K] int64; num_experts where the slot is skipped.
-
-    Skipped are ids outside of the map (or, without one, of the experts), and ids that it does not map to an expert.
-    """
-    ids = topk_ids.flatten().long()
-    if expert_map is not None:
-        is_mapped = (ids >= 0) & (ids < len(expert_map))
-        ids = torch.where(is_mapped, expert_map.long()[ids.where(is_mapped, 0)], -1)
-    return torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-
-
 def launch(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -35,14 +23,15 @@ def launch(
 ) -> None:
     """Remap integers into the buffers; the rows of skipped slots come last, as zeros."""
     num_experts, top_k = len(tokens_per_expert), topk_ids.shape[1]
-    experts = local_ids(topk_ids, num_experts, expert_map)
-    written = Permutation(tokens_per_expert=tokens_per_expert, inv_permuted_idx=inv_permuted_idx)
-    permutation.launch(experts.view_as(topk_ids), None, num_experts, Contract(), written)
-    slot_at = torch.sort(experts, stable=True).indices
-    is_skipped = (experts[slot_at] == num_experts)[:, None]
+    slot_at = torch.empty(topk_ids.numel(), dtype=torch.int64, device=topk_ids.device)
+    written = Permutation(
+        tokens_per_expert=tokens_per_expert, permuted_idx=slot_at, inv_permuted_idx=inv_permuted_idx
+    )  # fmt: skip
+    permutation.launch(topk_ids, None, num_experts, Contract(), written, expert_map)
+    is_skipped = (slot_at < 0)[:, None]
     for source, target in ((hidden_states, rows), (hidden_states_scales, scales)):
         if source is not None and target is not None:
-            target.copy_(source[slot_at // top_k].masked_fill(is_skipped, 0))
+            target.copy_(source[slot_at.clamp(min=0) // top_k].masked_fill(is_skipped, 0))
 
 
 def launch_experts(

@@ -1,6 +1,6 @@
 """Remap, and the experts on remapped rows, in Triton, for CUDA, ROCm and XPU devices.
 
-Two launches give each slot its row (one where the slots fit a tile), a third copies the rows. The GEMMs find their
+The permutation's launches, one or two, give each slot its row; another one copies the rows. The GEMMs find their
 expert from the numbers of rows, on the device.
 """
 
@@ -12,85 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
 from turnout.device.activation import activated
 from turnout.device.launch import launch_kernel, on_device_of
-from turnout.device.permute import MAX_TILE_SLOTS, count_slots, expert_of, of_expert, sort_slots, starts_of
 from turnout.device.rounding import narrowed, widened
+from turnout.permutation import triton as permutation
 from turnout.spec import ExpertsSpec
-from turnout.types import ExpertsWeights
-
-_TILES_AT_A_TIME = 32
-
-
-@triton.jit
-def _load_local(
-    ids_ptr, map_ptr, slots, num_slots, map_size, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr
-):  # fmt: skip
-    """The expert of each slot on this rank; BLOCK_E where it is skipped, and past the last slot."""
-    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1)
-    if map_ptr is not None:
-        ids = tl.load(map_ptr + ids, mask=(ids >= 0) & (ids < map_size), other=-1)
-    return expert_of(ids, NUM_EXPERTS, BLOCK_E)
-
-
-@triton.jit(do_not_specialize=["num_slots", "map_size"])
-def _count_local_kernel(
-    ids_ptr,  # [T, K]
-    map_ptr,  # [map_size] or None
-    tile_counts_ptr,  # [tiles, BLOCK_E]
-    num_slots,
-    map_size,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Grid: (tiles,). Each program counts the slots of each expert in its tile."""
-    tile = tl.program_id(0).to(tl.int64)
-    slots = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-    experts = _load_local(ids_ptr, map_ptr, slots, num_slots, map_size, NUM_EXPERTS, BLOCK_E)
-    tl.store(tile_counts_ptr + tile * BLOCK_E + tl.arange(0, BLOCK_E), count_slots(experts, BLOCK_E))
-
-
-@triton.jit(do_not_specialize=["num_slots", "map_size", "num_tiles"])
-def _place_local_kernel(
-    ids_ptr,  # [T, K]
-    map_ptr,  # [map_size] or None
-    tile_counts_ptr,  # [tiles, BLOCK_E], or None where there is one tile
-    tokens_per_expert_ptr,  # [E]
-    positions_ptr,  # [T, K]
-    num_slots,
-    map_size,
-    num_tiles,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-):
-    """Grid: (tiles,). Each program gives the slots of its tile their rows; the first writes the counts, too."""
-    tile = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_S)
-    columns = tl.arange(0, BLOCK_E)
-    slots = tile * BLOCK_S + lanes
-    experts = _load_local(ids_ptr, map_ptr, slots, num_slots, map_size, NUM_EXPERTS, BLOCK_E)
-    own = count_slots(experts, BLOCK_E)
-    before = tl.zeros([BLOCK_E], tl.int32)
-    total = own
-    if tile_counts_ptr is not None:
-        total = before
-        for start in range(0, num_tiles, BLOCK_TILES):
-            tiles = start + tl.arange(0, BLOCK_TILES).to(tl.int64)[:, None]
-            counts = tl.load(tile_counts_ptr + tiles * BLOCK_E + columns[None, :], mask=tiles < num_tiles, other=0)
-            total += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where(tiles < tile, counts, 0), axis=0)
-    if tile == 0:
-        tl.store(tokens_per_expert_ptr + columns, total, mask=columns < NUM_EXPERTS)
-
-    # The tile's slots in order: an expert's first stands at starts_of(own), and goes behind those of the tiles before.
-    experts, where = sort_slots(experts, BLOCK_S)
-    positions = lanes + of_expert(starts_of(total) + before - starts_of(own), experts, BLOCK_E)
-    slots = tile * BLOCK_S + where
-    tl.store(positions_ptr + slots, tl.where(experts < BLOCK_E, positions, -1), mask=slots < num_slots)
+from turnout.types import ExpertsWeights, Permutation
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -170,30 +99,13 @@ def launch(
     inv_permuted_idx: torch.Tensor,
     scales: torch.Tensor | None,
 ) -> None:
-    """Remap integers into the buffers with three launches; two where the slots fit one tile."""
+    """Remap integers into the buffers with three launches; two for few slots."""
     num_experts = len(tokens_per_expert)
     _check_support(hidden_states, num_experts)
+    written = Permutation(tokens_per_expert=tokens_per_expert, inv_permuted_idx=inv_permuted_idx)
     with on_device_of(hidden_states):
-        _place(topk_ids, expert_map, tokens_per_expert, inv_permuted_idx)
+        permutation.launch(topk_ids, None, num_experts, Contract(), written, expert_map)
         _copy(hidden_states, hidden_states_scales, inv_permuted_idx, tokens_per_expert, rows, scales)
-
-
-def _place(
-    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, counts: torch.Tensor, positions: torch.Tensor
-) -> None:
-    num_slots, num_experts, block_e = topk_ids.numel(), len(counts), _experts_at_once(len(counts))
-    tile = max(32, min(MAX_TILE_SLOTS, triton.next_power_of_2(num_slots)))
-    num_tiles = max(1, triton.cdiv(num_slots, tile))
-    grid, num_warps = (num_tiles, 1, 1), min(8, tile // 32)  # no two threads hold one slot
-    numbers = (num_slots, 0 if expert_map is None else len(expert_map))
-    tile_counts = None
-    if num_tiles > 1:
-        tile_counts = topk_ids.new_empty((num_tiles, block_e), dtype=torch.int32)
-        counted, constants = (topk_ids, expert_map, tile_counts), (num_experts, tile, block_e)
-        launch_kernel(_count_local_kernel, grid, counted, numbers, constants, num_warps)
-    placed = (topk_ids, expert_map, tile_counts, counts, positions)
-    constants = (num_experts, tile, block_e)
-    launch_kernel(_place_local_kernel, grid, placed, (*numbers, num_tiles), (*constants, _TILES_AT_A_TIME), num_warps)
 
 
 def _copy(
@@ -214,15 +126,11 @@ def _copy(
     tile = choose_copy_tile(columns)
     constants = (
         hidden_states.stride(0), scales_stride, top_k, hidden_size, num_scales,
-        num_experts, _experts_at_once(num_experts), *tile,
+        num_experts, permutation.experts_of_tile(num_experts), *tile,
     )  # fmt: skip
     tensors = (hidden_states, hidden_states_scales, positions, counts, rows, scales)
     grid = (triton.cdiv(num_tokens, tile.tokens), triton.cdiv(columns, tile.columns), 1)
     launch_kernel(_copy_rows_kernel, grid, tensors, (num_tokens,), constants, 4)
-
-
-def _experts_at_once(num_experts: int) -> int:
-    return max(32, 1 << (num_experts - 1).bit_length())
 
 
 @triton.jit
@@ -340,13 +248,14 @@ def _launch_gemm(
     tile = choose_gemm_tile(num_rows, num_experts)
     grid = (num_rows // tile.rows + min(num_rows, num_experts), triton.cdiv(columns, tile.outs), 1)
     constants = (
-        *weight.stride(), rows.shape[1], columns, *activation, num_experts, _experts_at_once(num_experts), *tile
+        *weight.stride(), rows.shape[1], columns, *activation,
+        num_experts, permutation.experts_of_tile(num_experts), *tile,
     )  # fmt: skip
     launch_kernel(_remapped_gemm_kernel, grid, (rows, weight, bias, tokens_per_expert, out), (num_rows,), constants, 4)
 
 
 def _check_support(tensor: torch.Tensor, num_experts: int) -> None:
-    if tensor.is_cpu and isinstance(_place_local_kernel, triton.JITFunction):
+    if tensor.is_cpu and isinstance(_copy_rows_kernel, triton.JITFunction):
         raise ValueError(
             "impl='triton' needs tensors on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
             "before the first call to run the kernels in Triton's interpreter"
