@@ -13,7 +13,7 @@ from turnout.types import Permutation
 IMPLS = ("reference", "triton", "cpu")
 # Positions are computed in 32 bits.
 MAX_POSITIONS = 2**31 - 1
-# A schedule keeps the number of a block inside its expert in 15 bits.
+# A schedule keeps the number of a block inside its expert in 15 bits; an expert has one slot of each token at most.
 MAX_SCHEDULED_TOKENS = 2**15 * SCHEDULE_BLOCK_SIZES[0]
 
 
@@ -32,7 +32,8 @@ def permute(
     to count and one to place.
 
     Args:
-        topk_ids: [T, K] int16, int32, uint32 or int64, contiguous; T may be 0.
+        topk_ids: [T, K] int16, int32, uint32 or int64, contiguous; T may be 0. An expert may come twice in a row of
+            them, but for ``block_schedule``, whose entries count up to 2^15 blocks of an expert, only if those suffice.
         num_experts: E.
         contract: its structures, structures_dtype and block_size say what is written.
         topk_weights: [T, K] of the contract's weights_dtype; for ``permuted_weights`` alone.
