@@ -49,8 +49,9 @@ def experts(
         spec: what the experts compute.
         impl: ``"auto"``, or one of ``"reference"``, ``"cpu"``, ``"triton"`` (few tokens), ``"grouped"``
             (many tokens); a named one runs or raises.
-        batch_invariant: a row's bits do not depend on the rows beside it, nor on T; ``"auto"`` then
-            takes one implementation for every T.
+        batch_invariant: a row's bits do not depend on the rows beside it, nor on T. Those of ``"triton"`` and
+            ``"grouped"`` never do; ``"cpu"`` and ``"reference"`` then compute each slot on its own, since a product of
+            matrices rounds otherwise for another number of rows. ``"auto"`` takes one implementation for every T.
         out: [T, H] of the dtype of ``hidden_states``, contiguous, to write into; not ``hidden_states`` itself.
 
     Returns:
