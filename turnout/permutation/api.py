@@ -32,8 +32,8 @@ def permute(
     to count and one to place.
 
     Args:
-        topk_ids: [T, K] int16, int32, uint32 or int64, contiguous; T may be 0. An expert may come twice in a row of
-            them, but for ``block_schedule``, whose entries count up to 2^15 blocks of an expert, only if those suffice.
+        topk_ids: [T, K] int16, int32, uint32 or int64, contiguous; T may be 0. A row may name
+            an expert twice; ``block_schedule`` is right for at most 2^15 blocks of 16 slots of one expert.
         num_experts: E.
         contract: its structures, structures_dtype and block_size say what is written.
         topk_weights: [T, K] of the contract's weights_dtype; for ``permuted_weights`` alone.
