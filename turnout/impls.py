@@ -109,3 +109,20 @@ def _has_shape(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
     return tensor.dim() == len(shape) and all(
         want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
     )
+
+
+def check_apart(out: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a buffer [T, H] that shares memory with a tensor [rows, H] that is read while it is written."""
+    start, end = _span(tensor)
+    out_start, out_end = _span(out)
+    if out_start < end and start < out_end:
+        raise ValueError(f"out overlaps {name}, which is read while out is written; pass another buffer")
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses between which a tensor [rows, columns] lies."""
+    rows, columns = tensor.shape
+    if tensor.numel() == 0:
+        return 0, 0
+    start = tensor.data_ptr()
+    return start, start + ((rows - 1) * tensor.stride(0) + columns) * tensor.element_size()

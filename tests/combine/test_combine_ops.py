@@ -134,3 +134,9 @@ def test_refusals(change, error, match, impl, device):
 def test_cpu_implementation_elsewhere(gpu):
     with pytest.raises(ValueError, match="impl='cpu' needs expert_out on a CPU, got cuda"):
         turnout.combine(*arguments_of(gpu), impl="cpu")
+
+
+def test_a_buffer_that_is_being_read_is_refused(impl, device):
+    slots = torch.randn(8, 4, device=device)
+    with pytest.raises(ValueError, match="out overlaps expert_out, which is read while out is written"):
+        turnout.combine(slots, torch.rand(4, 2, device=device), out=slots[2:6], impl=impl)

@@ -239,3 +239,18 @@ def test_kernels_on_a_cpu_without_the_interpreter(impl):
     command = [sys.executable, "-c", textwrap.dedent(script)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert f"ValueError: impl='{impl}' needs tokens on a GPU, got a CPU tensor; use impl='cpu'" in run.stderr
+
+
+@pytest.mark.parametrize("sizes", [{"num_experts": 0}, {"intermediate_size": 0}], ids=str)
+def test_experts_of_no_size(sizes, impl, device):
+    numbers = {"num_experts": 6, "intermediate_size": 24} | sizes
+    gate_up = torch.zeros(numbers["num_experts"], 2 * numbers["intermediate_size"], 40, device=device)
+    down = torch.zeros(numbers["num_experts"], 40, numbers["intermediate_size"], device=device)
+    inputs = dataclasses.replace(CASE.make(device), weights=turnout.ExpertsWeights(gate_up, down))
+    refused(ValueError, "down_proj must hold an expert, and columns to sum over", inputs, impl, device)
+
+
+def test_no_choice_at_all(impl, device):
+    routing = turnout.Routing(torch.zeros(3, 0, device=device), torch.zeros(3, 0, dtype=torch.int32, device=device))
+    inputs = dataclasses.replace(CASE.make(device), routing=routing)
+    refused(ValueError, r"topk_ids must be \[T, K\] with K of at least 1", inputs, impl, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turnout.impls import launch_of
+from turnout.impls import check_apart, launch_of
 
 _INPUTS = "Tensor expert_out, Tensor topk_weights, Tensor? inv_permuted_idx, str impl"
 torch.library.define("turnout::combine", f"({_INPUTS}) -> Tensor")
@@ -33,6 +33,7 @@ def _combine_out(
     *,
     out: torch.Tensor,
 ) -> None:
+    check_apart(out, "expert_out", expert_out)
     launch_of("combine", impl)(expert_out, topk_weights, inv_permuted_idx, out)
 
 

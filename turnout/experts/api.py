@@ -44,14 +44,13 @@ def experts(
         weights: in the layout that ``spec`` states; plain ones in the dtype of ``hidden_states``, quantised ones in the
             form of `turnout.experts.quantization.SCHEMES`. They are read as they are: none is dequantised as a whole.
         routing: topk_weights [T, K] float32, bfloat16 or float16, and topk_ids [T, K] int16, int32, uint32 or int64,
-            both contiguous. Its structures are used where the implementation reads them, and computed where they
-            are missing.
+            both contiguous; structures are used where the implementation reads them, and computed where missing.
         spec: what the experts compute.
         impl: ``"auto"``, or one of ``"reference"``, ``"cpu"``, ``"triton"`` (few tokens), ``"grouped"``
             (many tokens); a named one runs or raises.
-        batch_invariant: a row's bits do not depend on the rows beside it, nor on T. Those of ``"triton"`` and
-            ``"grouped"`` never do; ``"cpu"`` and ``"reference"`` then compute each slot on its own, since a product of
-            matrices rounds otherwise for another number of rows. ``"auto"`` takes one implementation for every T.
+        batch_invariant: a row's bits do not depend on the rows beside it, nor on T. Those of ``"triton"`` never do;
+            ``"grouped"`` then takes one tile, ``"cpu"`` and ``"reference"`` each slot on its own, and ``"auto"`` one
+            implementation for every T.
         out: [T, H] of the dtype of ``hidden_states``, contiguous, to write into; not ``hidden_states`` itself.
 
     Returns:
@@ -80,8 +79,7 @@ def experts(
     arguments = (hidden_states, *weights, *routing[:2], structures, spec.key, impl, batch_invariant)
     if out is None:
         return _ops.experts(*arguments)  # type: ignore[no-any-return]
-    shape = tuple(hidden_states.shape)
-    check_tensor("out", out, shape, (hidden_states.dtype,), ("hidden_states", hidden_states))
+    check_tensor("out", out, hidden_states.shape, (hidden_states.dtype,), ("hidden_states", hidden_states))
     _ops.experts_out(*arguments, out=out)
     return out
 
@@ -151,6 +149,8 @@ def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: Ex
     if down_proj.dim() != 3:
         raise ValueError(f"down_proj must have three dimensions, the experts first; got shape {list(down_proj.shape)}")
     num_experts, intermediate_size = down_proj.shape[0], down_proj.shape[1 if spec.transposed else 2]
+    if num_experts < 1 or intermediate_size < 1:
+        raise ValueError(f"down_proj must hold an expert, and columns to sum over; got shape {list(down_proj.shape)}")
     gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
     if spec.transposed:
         gate_up, down = gate_up[::-1], down[::-1]
@@ -176,7 +176,9 @@ def check_routing(hidden_states: torch.Tensor, routing: Routing, num_experts: in
     top_k = topk_ids.shape[1] if isinstance(topk_ids, torch.Tensor) and topk_ids.dim() == 2 else None
     check_tensor("topk_ids", topk_ids, (num_tokens, top_k), IDS_DTYPES, beside)
     check_tensor("topk_weights", routing.topk_weights, (num_tokens, top_k), WEIGHTS_DTYPES, beside)
-    if num_tokens * routing.topk_ids.shape[1] > _MOST_SLOTS:
+    if topk_ids.shape[1] < 1:
+        raise ValueError(f"topk_ids must be [T, K] with K of at least 1, got {list(topk_ids.shape)}")
+    if num_tokens * topk_ids.shape[1] > _MOST_SLOTS:
         raise ValueError(
             f"topk_ids {list(topk_ids.shape)} makes more than {_MOST_SLOTS} slots, which int32 cannot count; pass "
             "fewer tokens at a time"

@@ -110,6 +110,8 @@ def _grouped_gate_up_kernel(
     if block * BLOCK_M >= tl.load(num_tokens_post_padded_ptr):
         return
     expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+    if expert < 0:
+        return
     slots = tl.load(sorted_token_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     is_slot = slots < num_slots
     i = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -166,6 +168,8 @@ def _grouped_down_kernel(
     if block * BLOCK_M >= tl.load(num_tokens_post_padded_ptr):
         return
     expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+    if expert < 0:
+        return
     slots = tl.load(sorted_token_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     is_slot = slots < num_slots
     h = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -210,6 +214,7 @@ DOWN_TILES = {
     64: Tile(64, 128, 64, 1, 4, 4),
     128: Tile(128, 256, 64, 4, 8, 4),
 }
+INVARIANT_ROWS = 64  # of the tile that batch_invariant=True takes
 EXACT_DEPTH = 16  # float32 products run on no matrix unit: what is summed at a time is unrolled
 
 
@@ -220,6 +225,27 @@ def launch(
 
     The padded block map is taken from ``routing`` if it is there, and written before if not.
     """
+    _launch(hidden_states, weights, routing, spec, out, None)
+
+
+def launch_batch_invariant(
+    hidden_states: torch.Tensor, weights: ExpertsWeights, routing: Routing, spec: ExpertsSpec, out: torch.Tensor
+) -> None:
+    """As `launch`, with one tile for any number of tokens.
+
+    On NVIDIA's Hopper all tiles sum alike, as the tests show there. That is the hardware's doing, and not promised.
+    """
+    _launch(hidden_states, weights, routing, spec, out, INVARIANT_ROWS)
+
+
+def _launch(
+    hidden_states: torch.Tensor,
+    weights: ExpertsWeights,
+    routing: Routing,
+    spec: ExpertsSpec,
+    out: torch.Tensor,
+    rows: int | None,
+) -> None:
     num_tokens, hidden_size = hidden_states.shape
     if hidden_states.is_cpu and isinstance(_grouped_gate_up_kernel, triton.JITFunction):
         raise ValueError(
@@ -236,20 +262,26 @@ def launch(
         for n in (intermediate_size, hidden_size)
     )
     with on_device_of(hidden_states):
-        blocks = _block_map(routing, num_experts)
+        blocks = _block_map(routing, num_experts, rows)
         _launch_gate_up(hidden_states, weights, spec, blocks, values, top_k)
         _launch_down(values, weights, spec, blocks, outputs)
         combine.launch_slots(outputs, routing.topk_weights, routing.topk_ids, num_experts, out)
 
 
-def _block_map(routing: Routing, num_experts: int) -> Permutation:
-    """The padded block map of ``routing`` if it has one with blocks that there is a tile for, else a new one."""
+def _block_map(routing: Routing, num_experts: int, rows: int | None) -> Permutation:
+    """The padded block map of ``routing`` if it has one with blocks that there is a tile for, else a new one.
+
+    Args:
+        routing: with or without a map.
+        num_experts: E.
+        rows: slots of a block; None: any.
+    """
     given = routing.permutation
     is_whole = all(getattr(given, name) is not None for name in PADDED_BLOCK_MAP)
-    if is_whole and _rows_of(given) in GATE_UP_TILES:
+    if is_whole and _rows_of(given) in (GATE_UP_TILES if rows is None else (rows,)):
         return given
     top_k = routing.topk_ids.shape[1]
-    contract = _contract(block_size(routing.topk_ids.numel(), num_experts))
+    contract = _contract(rows or block_size(routing.topk_ids.numel(), num_experts))
     blocks = permutation_of(allocate(routing.topk_ids, top_k, num_experts, contract), contract)
     permutation.launch(routing.topk_ids, None, num_experts, contract, blocks)
     return blocks

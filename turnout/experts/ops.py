@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from turnout.impls import launch_of, module_of
+from turnout.impls import check_apart, launch_of, module_of
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
 
@@ -41,10 +41,7 @@ def _experts(hidden_states: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 @torch.library.impl("turnout::experts_out", "CompositeExplicitAutograd")
 def _experts_out(hidden_states: torch.Tensor, *arguments: Any, out: torch.Tensor) -> None:
-    start, end = _span(hidden_states)
-    out_start, out_end = _span(out)
-    if out_start < end and start < out_end:
-        raise ValueError("out overlaps hidden_states, which is read while out is written; pass another buffer")
+    check_apart(out, "hidden_states", hidden_states)
     _run(hidden_states, arguments, out)
 
 
@@ -65,15 +62,6 @@ def _launch_of(impl: str, is_quantized: bool, batch_invariant: bool) -> Callable
     if not batch_invariant or not hasattr(module_of("experts", impl), name):
         name = "launch"
     return launch_of("experts", impl, name)
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses between which a tensor [T, H] lies."""
-    rows, columns = tensor.shape
-    if tensor.numel() == 0:
-        return 0, 0
-    start = tensor.data_ptr()
-    return start, start + ((rows - 1) * tensor.stride(0) + columns) * tensor.element_size()
 
 
 def _allocate(hidden_states: torch.Tensor) -> torch.Tensor:
