@@ -36,8 +36,7 @@ def experts(
     Products and sums are in float32, those over the K experts in the order k = 0 .. K-1. Rounded to the dtype of
     ``hidden_states`` are the activation, each expert's output (``"triton"`` keeps that of plain weights in float32),
     and the first projection where a CPU's torch multiplies 16-bit matrices. A slot whose id is no expert, or whose
-    weight is exactly 0, contributes nothing, whatever its values; nor does an expert that nobody chose. Results are
-    the same at every run.
+    weight is exactly 0, contributes nothing; nor does an expert that nobody chose. Runs agree to the bit.
 
     Args:
         hidden_states: [T, H] float32, bfloat16 or float16; rows may lie apart, T may be 0.
@@ -71,8 +70,8 @@ def experts(
         quantization.check_weights(hidden_states, weights, spec)
     check_routing(hidden_states, routing, weights.gate_up_proj.shape[0])
     if impl == "auto":
-        top_k, num_experts = routing.topk_ids.shape[1], weights.gate_up_proj.shape[0]
-        impl = choose_impl(hidden_states, top_k, num_experts, batch_invariant).impl
+        sizes = routing.topk_ids.shape[1], weights.gate_up_proj.shape[0]
+        impl = choose_impl(hidden_states, *sizes, batch_invariant).impl
     else:
         check_impl(impl, IMPLS)
     structures = routing[2:] if any(structure is not None for structure in routing[2:]) else ()
