@@ -50,7 +50,10 @@ def test_it_records_checks_logits_and_rows(tmp_path):
     for check in record["layer_checks"]:
         assert 0 < check["turnout_error"] < 0.01
         assert 8 <= check["distinct_experts"] <= 8 * check["requests"]
-    assert all(0 < each["relative_to_stock"]["turnout"] < 0.2 for each in record["logits"])
+    for each in record["logits"]:
+        assert 0 < each["relative_to_stock"]["turnout"] <= 2 * each["yardstick"] < 0.2
+    for each in record["distinct_experts"]:
+        assert all(8 <= count <= 8 * each["requests"] for count in each["by_layer"])
     assert "routers: 2 replaced; experts: 2 replaced" in record["applied"]
 
 
@@ -76,6 +79,16 @@ def test_layers_that_compute_something_else_stop_the_benchmark(checked, monkeypa
     monkeypatch.setattr(ours.model.layers[1].experts, "forward", lambda *arguments: arguments[0])
     with pytest.raises(RuntimeError, match=r"the error of turnout's experts is more than twice .* LayerCheck\(layer=1"):
         check_agreement(check_layers(stock, ours, step))
+
+
+def test_logits_far_from_stock_stop_it(checked, monkeypatch, tmp_path):
+    monkeypatch.setattr("turnout.bench.whole_model.LOGITS_TOLERANCE", 0.01)
+    with pytest.raises(RuntimeError, match="turnout's logits lie further from stock's than rounding explains"):
+        CliRunner().invoke(
+            app,
+            ["bench", "transformers", "--json", str(tmp_path / "x"), "--requests", "1", *SMALL],
+            catch_exceptions=False,
+        )
 
 
 def test_experts_chosen_otherwise_stop_it_unless_logits_tie(checked):

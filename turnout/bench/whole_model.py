@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from turnout.bench.scenarios import Row, Scenario, measure
+from turnout.bench.scenarios import Row, Runner, Scenario, measure
 from turnout.bench.transformers_engine import Decode, Variant, twin_of
 from turnout.bench.whole_model_check import LayerCheck, check_layers, relative_difference
 from turnout.integrations.transformers import apply
@@ -83,6 +83,11 @@ class Settings:
     compiled: bool = True
 
 
+# Weight of the norms after each sublayer, in place of 1: with random weights the rounding of a single value would else
+# decide all that follows, and the logits of two right computations would have nothing in common after 30 layers.
+POST_NORM = 1 / 32
+LOGITS_TOLERANCE = 2.0
+
 # What counts steps in a static cache with a sliding window: a compiler that learns that it changes compiles only once.
 DYNAMIC_SOURCES = ".*cumulative_length_int.*"
 
@@ -122,6 +127,7 @@ def run(settings: Settings, report_step: Callable[[str], None], write: Callable[
         "applied": str(applied),
         "layer_checks": [],
         "logits": [],
+        "distinct_experts": [],
         "rows": [],
     }
     rows: list[Row] = []
@@ -154,26 +160,48 @@ def _scenario(
     checks = check_layers(stock, variants["turnout"].model, decode_step(variants["stock"], scenario, prompts))
     result["layer_checks"] += [{"requests": scenario.requests, **dataclasses.asdict(check)} for check in checks]
     check_agreement(checks)
+    result["logits"].append({"requests": scenario.requests, **_logits_apart(scenario, variants, prompts, report)})
+    report(f"{scenario.label}: measuring")
+    runners = {name: variant.runner(scenario, prompts) for name, variant in variants.items()}
+    rows = measure(scenario, runners, stock.device, rounds)
+    counts = distinct_experts(stock, runners["stock"])
+    result["distinct_experts"].append({"requests": scenario.requests, "by_layer": counts})
+    return rows
+
+
+def _logits_apart(
+    scenario: Scenario, variants: dict[str, Variant], prompts: torch.Tensor, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """How far the logits of the first decode step lie from stock's: root mean square, relative.
+
+    The yardstick is stock with its experts in a loop ("eager"), which rounds elsewhere.
+    """
     logits = {}
     for name, variant in variants.items():
         report(f"{scenario.label}: logits of {name}")
         logits[name] = decode_step(variant, scenario, prompts)()
-    # Stock compiled is the yardstick: it rounds elsewhere, and over the layers that decides ties between experts.
+    stock = variants["stock"].model
+    implementation = stock.config._experts_implementation
+    stock.set_experts_implementation("eager")
+    yardstick = relative_difference(decode_step(Variant(stock), scenario, prompts)(), logits["stock"])
+    stock.set_experts_implementation(implementation)
     apart = {name: relative_difference(each, logits["stock"]) for name, each in logits.items() if name != "stock"}
-    result["logits"].append({"requests": scenario.requests, "relative_to_stock": apart})
-    report(f"{scenario.label}: measuring")
-    runners = {name: variant.runner(scenario, prompts) for name, variant in variants.items()}
-    return measure(scenario, runners, stock.device, rounds)
+    if apart["turnout"] > LOGITS_TOLERANCE * yardstick:
+        raise RuntimeError(f"turnout's logits lie further from stock's than rounding explains: {apart}, {yardstick=}")
+    return {"relative_to_stock": apart, "yardstick": yardstick}
 
 
 def build_model(fields: dict[str, Any], device: torch.device) -> Any:
-    """A Gemma 4 in bfloat16 with weights drawn as the class draws them (standard deviation 0.02), on the device."""
+    """A Gemma 4 in bfloat16 on the device, its weights as the class draws them: standard deviation 0.02."""
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     model_class: Any = Gemma4ForCausalLM
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device), torch.no_grad():
         model = model_class._from_config(Gemma4TextConfig(**fields), dtype=torch.bfloat16)
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.fill_(POST_NORM)
+            layer.post_feedforward_layernorm.weight.fill_(POST_NORM)
     return model.eval()
 
 
@@ -192,6 +220,20 @@ def decode_step(variant: Variant, scenario: Scenario, prompts: torch.Tensor) -> 
     decode.prepare()
     decode.tokens = [prompts[:, -1:]]
     return lambda: decode.logits().float()
+
+
+def distinct_experts(stock: Any, runner: Runner) -> list[int]:
+    """How many experts each layer of the stock model runs in the last step of a round."""
+    counts: list[int] = []
+
+    def count(module: object, args: object, output: Any) -> None:
+        counts.append(output[2].unique().numel())
+
+    handles = [layer.router.register_forward_hook(count) for layer in stock.model.layers]
+    runner.forward()
+    for handle in handles:
+        handle.remove()
+    return counts
 
 
 def check_agreement(checks: list[LayerCheck]) -> None:
