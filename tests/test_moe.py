@@ -22,6 +22,7 @@ GEMMA4 = turnout.RouterSpec(
 QWEN = turnout.RouterSpec(num_experts=8, top_k=3, weights_rounding="input", router_bias=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HIDDEN, INTERMEDIATE = 40, 24
+ALLOCATIONS = ("aten::empty_strided", "aten::empty")
 
 
 @pytest.fixture(params=["auto", *IMPLS])
@@ -152,7 +153,8 @@ def test_cold_fullgraph_compile_with_any_number_of_tokens(impl, device):
         assert torch.equal(
             compiled(hidden_states, router, weights, inputs), layer(hidden_states, router, weights, inputs)
         )
-    assert counter.frame_count == 1
+    # On a GPU "auto" takes one implementation for few tokens and one for many: a graph each.
+    assert counter.frame_count == (2 if impl == "auto" and device.type != "cpu" else 1)
 
 
 def test_cold_compile_of_a_rank_in_a_fresh_process(kernel_device):
@@ -183,10 +185,10 @@ def test_no_cast_between_the_stations(kernel_device):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         turnout.moe(*arguments)
     names = [event.name for event in profiler.events() if "::" in event.name]
-    after_the_router = names[names.index("turnout::route") :]
-    assert {"turnout::route", "turnout::experts"} <= set(after_the_router)
-    stations = {"turnout::route", "turnout::experts", "aten::empty_strided", "aten::empty"}
-    assert set(after_the_router) <= stations
+    # On a GPU these are many tokens for so few experts, and the routing launch writes their order, too.
+    route = "turnout::route" if kernel_device.type == "cpu" else "turnout::route_permuted"
+    after_the_router = set(names[names.index(route) :])
+    assert {route, "turnout::experts"} <= after_the_router <= {route, "turnout::experts", *ALLOCATIONS}
 
 
 @pytest.mark.parametrize(

@@ -161,12 +161,16 @@ def test_numbers_are_rounded_to_nearest_even(dtype):
 
 
 def test_memory_of_a_call_is_small():
-    """Beside the weights there is a value for each slot and column in the model's dtype, and none in float32."""
+    """Beside the weights there is a value for each slot and column in the model's dtype, and none in float32.
+
+    Where torch multiplies 16-bit matrices, the busiest expert's rows and their projection lie there as well.
+    """
     case = ExpertsCase(num_tokens=256, top_k=4, hidden_size=512, intermediate_size=64, dtype=torch.bfloat16)
     inputs = case.make()
     experts(inputs)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         experts(inputs)
     allocated = sum(event.self_cpu_memory_usage for event in profiler.events() if event.name.startswith("aten::empty"))
-    slots = 256 * 4
-    assert 0 < allocated <= slots * (512 + 64) * 2 + slots * 5 * 4 + 256 * 512 * 2 + 1024
+    slots, busiest = 256 * 4, int(inputs.routing.topk_ids.flatten().long().bincount().max())
+    scratch = busiest * (512 + 2 * 64) * 2
+    assert 0 < allocated <= slots * (512 + 64) * 2 + slots * 5 * 4 + 256 * 512 * 2 + scratch + 1024
