@@ -86,7 +86,7 @@ def test_it_runs_without_gradients_and_refuses_to_run_with_them(model, guard):
         stock = model(ids).logits
         apply(model)
         torch.testing.assert_close(model(ids).logits, stock, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"requires grad, and turnout routes for inference only"):
+    with pytest.raises(ValueError, match=r"requires grad, and turnout computes for inference only"):
         model(ids)
 
 
