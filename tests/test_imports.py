@@ -21,7 +21,7 @@ MAY_IMPORT = {
         "turnout.experts.triton",
         "turnout.experts._triton_quantized",
         "turnout.experts.grouped",
-        "turnout.experts._grouped_quantized",
+        "turnout.experts._grouped",
         "turnout.integrations._transformers_",  # transformers imports it
         "turnout.bench.triton",
     ),

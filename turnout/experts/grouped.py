@@ -15,13 +15,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turnout.combine import triton as combine
-from turnout.contracts import PADDED_BLOCK_MAP, Contract
 from turnout.device.activation import activated
 from turnout.device.launch import on_device_of
 from turnout.device.rounding import narrowed, widened
-from turnout.experts.tuning import block_size
-from turnout.permutation import triton as permutation
-from turnout.permutation.ops import allocate, permutation_of
+from turnout.experts._grouped_blocks import block_map, rows_of
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Permutation, Routing
 
@@ -262,40 +259,10 @@ def _launch(
         for n in (intermediate_size, hidden_size)
     )
     with on_device_of(hidden_states):
-        blocks = _block_map(routing, num_experts, rows)
+        blocks = block_map(routing, num_experts, GATE_UP_TILES, rows)
         _launch_gate_up(hidden_states, weights, spec, blocks, values, top_k)
         _launch_down(values, weights, spec, blocks, outputs)
         combine.launch_slots(outputs, routing.topk_weights, routing.topk_ids, num_experts, out)
-
-
-def _block_map(routing: Routing, num_experts: int, rows: int | None) -> Permutation:
-    """The padded block map of ``routing`` if it has one with blocks that there is a tile for, else a new one.
-
-    Args:
-        routing: with or without a map.
-        num_experts: E.
-        rows: slots of a block; None: any.
-    """
-    given = routing.permutation
-    is_whole = all(getattr(given, name) is not None for name in PADDED_BLOCK_MAP)
-    if is_whole and _rows_of(given) in (GATE_UP_TILES if rows is None else (rows,)):
-        return given
-    top_k = routing.topk_ids.shape[1]
-    contract = _contract(rows or block_size(routing.topk_ids.numel(), num_experts))
-    blocks = permutation_of(allocate(routing.topk_ids, top_k, num_experts, contract), contract)
-    permutation.launch(routing.topk_ids, None, num_experts, contract, blocks)
-    return blocks
-
-
-@functools.cache
-def _contract(rows: int) -> Contract:
-    return Contract(structures=PADDED_BLOCK_MAP, block_size=rows)
-
-
-def _rows_of(blocks: Permutation) -> int:
-    assert blocks.sorted_token_ids is not None, "the map is whole"
-    assert blocks.expert_ids is not None, "the map is whole"
-    return blocks.sorted_token_ids.numel() // max(1, blocks.expert_ids.numel())
 
 
 def _launch_gate_up(
@@ -307,7 +274,7 @@ def _launch_gate_up(
     top_k: int,
 ) -> None:
     num_slots, intermediate_size = values.shape
-    tile = _fitted(GATE_UP_TILES[_rows_of(blocks)], 2, hidden_states)
+    tile = _fitted(GATE_UP_TILES[rows_of(blocks)], 2, hidden_states)
     hidden_stride = hidden_states.stride(0) if len(hidden_states) > 1 else 0  # of one row it may be anything
     weight, is_descriptor = _weight_argument(weights.gate_up_proj, spec, tile)
     num_blocks = blocks.expert_ids.numel()  # type: ignore[union-attr]
@@ -324,7 +291,7 @@ def _launch_down(
     values: torch.Tensor, weights: ExpertsWeights, spec: ExpertsSpec, blocks: Permutation, outputs: torch.Tensor
 ) -> None:
     num_slots, hidden_size = outputs.shape
-    tile = _fitted(DOWN_TILES[_rows_of(blocks)], 1, values)
+    tile = _fitted(DOWN_TILES[rows_of(blocks)], 1, values)
     weight, is_descriptor = _weight_argument(weights.down_proj, spec, tile)
     num_blocks = blocks.expert_ids.numel()  # type: ignore[union-attr]
     _grouped_down_kernel[(num_blocks * triton.cdiv(hidden_size, tile.columns),)](
