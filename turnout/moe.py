@@ -48,6 +48,8 @@ def moe(
     check_kind("hidden_states", hidden_states, torch.Tensor)
     check_kind("router_spec", router_spec, RouterSpec)
     check_kind("weights", weights, ExpertsWeights)
+    if router_spec.apply_router_weight_on == "input":
+        raise NotImplementedError("moe does not weigh the input of experts yet (RouterSpec.apply_router_weight_on)")
     num_local_experts = _num_local_experts(weights, router_spec, inputs)
     if impl == "auto":
         impl = choose_impl(hidden_states, router_spec.top_k, router_spec.num_experts, batch_invariant).impl

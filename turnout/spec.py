@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import typing
@@ -116,6 +117,11 @@ class RouterSpec:
                 f"selected_score={self.selected_score!r} contradicts scoring_func='softmax': a score is "
                 "taken before or after the selection, not both. Use scoring_func='none'."
             )
+        if self.renormalize and self.scoring_func == self.selected_score == "none":
+            raise ValueError(
+                "renormalize=True contradicts scoring_func='none' with selected_score='none': the sum of logits may be "
+                "0 or negative. Give a selected_score, for instance 'softmax'."
+            )
 
     def _check_counts(self) -> None:
         if abs(self.routed_scaling_factor) > FLOAT32_MAX:
@@ -135,12 +141,32 @@ class RouterSpec:
             raise ValueError(
                 f"topk_group must lie in [1, num_expert_group={self.num_expert_group}], got {self.topk_group}"
             )
+        if self.topk_group * (self.num_experts // self.num_expert_group) < self.top_k:
+            raise ValueError(
+                f"top_k={self.top_k} experts do not fit topk_group={self.topk_group} groups of "
+                f"{self.num_experts // self.num_expert_group}; keep more groups, or choose fewer experts"
+            )
+        if self.logit_scale <= 0:
+            raise ValueError(f"logit_scale must be above 0, got {self.logit_scale}")
         if not 0 <= self.num_null_experts < self.num_experts:
             raise ValueError(
                 f"num_null_experts must lie in [0, num_experts={self.num_experts}), got {self.num_null_experts}"
             )
         if self.num_shared_columns < 0:
             raise ValueError(f"num_shared_columns must not be negative, got {self.num_shared_columns}")
+
+    @functools.cached_property
+    def ranks_scores(self) -> bool:
+        """Whether the selection ranks scores. Otherwise it ranks logits, which is the same but for underflow."""
+        return self.e_score_correction_bias or (self.num_expert_group > 1 and self.group_score == "top2_sum")
+
+    @functools.cached_property
+    def weighs_by_shares(self) -> bool:
+        """Whether the weights are shares of a softmax mass, taken without the probabilities of all experts."""
+        if self.selected_score != "none":
+            return self.selected_score == "softmax"
+        rounds_sum = self.renormalize and (self.renormalize_eps != 0 or self.renormalize_min != 0)
+        return self.scoring_func == "softmax" and not (self.ranks_scores or rounds_sum or self.score_dtype == "input")
 
     @classmethod
     def from_config(cls, config: Any) -> RouterSpec:

@@ -12,22 +12,27 @@ import torch
 class RoutingInputs:
     """Every per-call tensor of `turnout.route`; absent ones are None.
 
-    T tokens, E experts of the spec, K experts per token. Parameters are arguments of each call, never kept:
-    a new tensor takes effect at once. Fields that `route` does not support yet raise NotImplementedError.
+    T tokens, E experts of the spec, K experts per token, V token ids, P physical experts. Parameters are arguments of
+    each call, never kept: a new tensor takes effect at once.
 
     Attributes:
         per_expert_scale: [E] float32, bfloat16 or float16; multiplies the weight of each chosen expert.
-        e_score_correction_bias: [E] float; added to the scores for selection only.
+        e_score_correction_bias: [E] float32, bfloat16 or float16; added to the scores for selection only.
         is_padding: [T] bool; True marks a row that carries no token.
         num_valid_tokens: [1] int32 on the device; rows from it on are padding.
-        input_ids: [T] int64; token ids, for routers that look experts up by token.
-        tid2eid: [V, K] integer; the experts of each token id.
-        forced_ids: [T, K] integer; experts to take in place of the selection (routing replay).
+        input_ids: [T] int32 or int64; token ids, for routers that look experts up by token. A row whose id is none of
+            the table's has no experts: the sentinel (0 where the contract has none) and weight 0.
+        tid2eid: [V, K] int32 or int64; the experts of each token id.
+        forced_ids: [T, K] int16, int32 or int64; logical experts to take in place of the selection (routing replay). An
+            id that is no expert becomes the sentinel (0 where the contract has none), with weight 0.
         expert_map: [E] int32; logical to local expert, -1 where not local.
-        logical_to_physical_map: [E, R] int64; the replicas of each expert (EPLB).
+        logical_to_physical_map: [E, R] int64; the replicas of each expert (EPLB), for a contract whose id space is
+            ``"physical"``. Of several, the row's number chooses one by a hash, so that the load spreads.
         logical_replica_count: [E] int64; how many replicas each expert has.
-        expert_load: [P] int32; counts to which the routed tokens are added.
-        replay_ids: [T, K] int16; buffer that receives the logical ids, before any map.
+        expert_load: [P] int32; the slots of each physical expert are added to it.
+        record_load: [] or [1] bool; where it is False, nothing is added.
+        num_counted_tokens: [] or [1] int32; rows from it on are not added.
+        replay_ids: [T, K] int16; buffer that receives the logical ids, before any map; -1 for padding.
         router_hidden_states: [T, H]; what the router reads where the experts read something else, as in Gemma 4, which
             norms their input alone. For `turnout.moe`; `turnout.route` starts from logits and does not look at it.
     """
@@ -43,6 +48,8 @@ class RoutingInputs:
     logical_to_physical_map: torch.Tensor | None = None
     logical_replica_count: torch.Tensor | None = None
     expert_load: torch.Tensor | None = None
+    record_load: torch.Tensor | None = None
+    num_counted_tokens: torch.Tensor | None = None
     replay_ids: torch.Tensor | None = None
     router_hidden_states: torch.Tensor | None = None
 

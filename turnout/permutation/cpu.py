@@ -15,6 +15,7 @@ import torch
 from turnout.contracts import Contract
 from turnout.device import SCHEDULE_BLOCK_SIZES
 from turnout.routing import cpu as routing
+from turnout.routing.inputs import RoutingTensors
 from turnout.spec import RouterSpec
 from turnout.types import Permutation, Routing
 
@@ -56,7 +57,7 @@ def launch_routed(
     router_logits: torch.Tensor,
     spec: RouterSpec,
     contract: Contract,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: RoutingTensors,
     out: Routing,
 ) -> None:
     """Route, then write the structures."""

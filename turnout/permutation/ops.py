@@ -14,6 +14,7 @@ from turnout.contracts import STRUCTURES, Contract
 from turnout.device import SCHEDULE_BLOCK_SIZES
 from turnout.impls import launch_of
 from turnout.routing import ops as _routing
+from turnout.routing.inputs import RoutingTensors
 from turnout.types import Permutation, Routing
 
 _INPUTS = "Tensor topk_ids, Tensor? topk_weights, int num_experts, str contract, str impl"
@@ -54,7 +55,7 @@ def _route_permuted(
     spec, contract = _routing.declared(declarations)
     results = _allocate_routing(router_logits, declarations)
     routing = routing_of(results, contract)
-    launch_of("permutation", impl, "launch_routed")(router_logits, spec, contract, tensors, routing)
+    launch_of("permutation", impl, "launch_routed")(router_logits, spec, contract, RoutingTensors(*tensors), routing)
     return results
 
 

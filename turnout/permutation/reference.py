@@ -7,6 +7,7 @@ import torch
 from turnout.contracts import Contract
 from turnout.device import SCHEDULE_BLOCK_SIZES
 from turnout.routing import reference as routing
+from turnout.routing.inputs import RoutingTensors
 from turnout.spec import RouterSpec
 from turnout.types import Permutation, Routing
 
@@ -59,7 +60,7 @@ def launch_routed(
     router_logits: torch.Tensor,
     spec: RouterSpec,
     contract: Contract,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: RoutingTensors,
     out: Routing,
 ) -> None:
     """Route, then write the structures."""

@@ -34,6 +34,7 @@ from turnout.device.permute import (
 )
 from turnout.device.routing import route_rows
 from turnout.routing import triton as routing
+from turnout.routing.inputs import RoutingTensors, refuse_further
 from turnout.spec import RouterSpec
 from turnout.types import Permutation, Routing
 
@@ -279,10 +280,11 @@ def launch_routed(
     router_logits: torch.Tensor,
     spec: RouterSpec,
     contract: Contract,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: RoutingTensors,
     out: Routing,
 ) -> None:
     """Route, and write the structures: one launch for few slots, the routing's and two more for many."""
+    refuse_further("triton", spec, tensors)
     weights, ids, *structures = out
     num_ids = contract.num_ids(spec.num_experts)
     if router_logits.shape[0] * spec.top_k > MAX_SLOTS_OF_ONE_LAUNCH:
@@ -297,7 +299,7 @@ def launch_routed(
     constants += [contract.block_size or 1, logits_tile.rows, block_logits, tile, experts_of_tile(num_ids), block_k]
     with on_device_of(router_logits):
         launch_kernel(
-            _route_permute_kernel, (1, 1, 1), (router_logits, *tensors, weights, ids, *structures),
+            _route_permute_kernel, (1, 1, 1), (router_logits, *tensors[:4], weights, ids, *structures),
             (num_tokens, router_logits.stride(0)), tuple(constants), num_warps,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,17 +15,15 @@ from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tens
 from turnout.permutation import ops as _permutation  # registers the operators
 from turnout.permutation.api import check_size, check_structures
 from turnout.routing import ops as _ops  # registers the operators
+from turnout.routing._checks import check_further_inputs, refuse_mismatch
 from turnout.spec import RouterSpec
 from turnout.types import Routing, RoutingInputs
 
 IMPLS = ("reference", "triton", "cpu")
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_INPUTS = RoutingInputs()
-_SUPPORTED_INPUTS = ("per_expert_scale", "is_padding", "num_valid_tokens", "expert_map", "router_hidden_states")
-_SUPPORTED_FIELDS = {
-    "num_experts", "top_k", "input_norm", "input_norm_eps", "projection_dtype", "router_bias", "sorted",
-    "renormalize", "routed_scaling_factor", "per_expert_scale", "weights_rounding",
-}  # fmt: skip
+# Values of the spec that describe a router, and that this station does not compute.
+_UNSUPPORTED_FIELDS = ("renormalize_order", "num_shared_columns")
 
 
 def route(
@@ -76,17 +74,29 @@ def route(
         impl = choose_impl(router_logits, spec.num_experts).impl
     else:
         check_impl(impl, IMPLS)
-    arguments = (
+    arguments: tuple[Any, ...] = (
         router_logits, declarations, impl, inputs.per_expert_scale, inputs.is_padding, inputs.num_valid_tokens,
         inputs.expert_map,
     )  # fmt: skip
+    if not _is_plain(inputs):
+        arguments += (
+            inputs.e_score_correction_bias, inputs.input_ids,
+            inputs.tid2eid if inputs.forced_ids is None else inputs.forced_ids,
+            inputs.logical_to_physical_map, inputs.logical_replica_count,
+        )  # fmt: skip
     if contract.structures:
-        _check_structures(router_logits, spec, contract, out)
+        _check_structures(router_logits, spec, contract, inputs, out)
         return _permutation.routing_of(_permutation.route_permuted(*arguments), contract)
-    if out is None:
+    if out is not None:
+        topk_weights, topk_ids = _check_out(out, router_logits, spec, contract)
+    elif inputs.expert_load is inputs.replay_ids is None:
         return Routing(*_ops.route(*arguments))
-    topk_weights, topk_ids = _check_out(out, router_logits, spec, contract)
-    _ops.route_out(*arguments, topk_weights=topk_weights, topk_ids=topk_ids)
+    else:
+        topk_weights, topk_ids = _ops.allocate(router_logits, spec, contract)
+    _ops.route_out(
+        *arguments, record_load=inputs.record_load, num_counted_tokens=inputs.num_counted_tokens,
+        expert_load=inputs.expert_load, replay_ids=inputs.replay_ids, topk_weights=topk_weights, topk_ids=topk_ids,
+    )  # fmt: skip
     return Routing(topk_weights, topk_ids)
 
 
@@ -98,14 +108,14 @@ def check_declarations(spec: RouterSpec, contract: Contract) -> str:
         NotImplementedError: one of them asks for something by name that is not there yet.
     """
     for field in dataclasses.fields(spec):
-        if field.init and field.name not in _SUPPORTED_FIELDS and getattr(spec, field.name) != field.default:
+        if field.name in _UNSUPPORTED_FIELDS and getattr(spec, field.name) != field.default:
             raise NotImplementedError(
                 f"route does not run {field.name}={getattr(spec, field.name)!r} yet (RouterSpec.{field.name})"
             )
     if contract.structures:
         check_structures(contract)
     if contract.id_space == "physical":
-        raise NotImplementedError(f"route does not map ids to id_space={contract.id_space!r} yet")
+        _check_physical(contract)
     if contract.id_space == "local" and contract.num_local_experts is None:
         raise ValueError(
             "the contract counts the experts of one rank, and has num_local_experts=None; say how many those are: "
@@ -125,6 +135,18 @@ def check_declarations(spec: RouterSpec, contract: Contract) -> str:
     if contract.sentinel == "num_experts" and num_ids > torch.iinfo(contract.ids_dtype).max:
         raise ValueError(f"ids_dtype={contract.ids_dtype} cannot hold the sentinel {num_ids}")
     return _ops.declarations(spec, contract)
+
+
+def _check_physical(contract: Contract) -> None:
+    if contract.structures:
+        raise NotImplementedError(
+            "route does not write structures of physical ids yet; leave Contract.structures empty"
+        )
+    if contract.sentinel == "num_experts":
+        raise ValueError(
+            "sentinel='num_experts' contradicts id_space='physical': the contract does not know how many physical "
+            "experts there are; give the number itself, or -1"
+        )
 
 
 prepare = functools.cache(check_declarations)
@@ -202,36 +224,40 @@ def _refuse_dtype(router_logits: torch.Tensor) -> NoReturn:
     raise ValueError(f"router_logits must be float32, bfloat16 or float16, got {router_logits.dtype}")
 
 
-def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
-    # One chain of identities, since this runs at every call; `_refuse_unsupported` names what is there.
-    if not (
+def _is_plain(inputs: RoutingInputs) -> bool:
+    """Whether the inputs are those of most routers; one chain of identities, since it runs at every call."""
+    return (
         inputs.e_score_correction_bias is inputs.input_ids is inputs.tid2eid is inputs.forced_ids
         is inputs.logical_to_physical_map is inputs.logical_replica_count
-        is inputs.expert_load is inputs.replay_ids is None
-    ):  # fmt: skip
-        _refuse_unsupported(inputs)
+        is inputs.expert_load is inputs.record_load is inputs.num_counted_tokens is inputs.replay_ids is None
+    )  # fmt: skip
+
+
+def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
+    beside = ("router_logits", router_logits)
     scale = inputs.per_expert_scale
     if (scale is None) == spec.per_expert_scale:
-        raise ValueError(
-            f"the spec has per_expert_scale={spec.per_expert_scale}, but RoutingInputs.per_expert_scale is "
-            f"{'missing' if scale is None else 'given'}"
-        )
+        refuse_mismatch("the spec", "per_expert_scale", spec.per_expert_scale, "per_expert_scale", scale)
     if scale is not None:
-        check_tensor("per_expert_scale", scale, (spec.num_experts,), LOGITS_DTYPES, ("router_logits", router_logits))
+        check_tensor("per_expert_scale", scale, (spec.num_experts,), LOGITS_DTYPES, beside)
     if (inputs.expert_map is None) == (contract.id_space == "local"):
-        raise ValueError(
-            f"the contract has id_space={contract.id_space!r}, but RoutingInputs.expert_map is "
-            f"{'missing' if inputs.expert_map is None else 'given'}"
-        )
+        refuse_mismatch("the contract", "id_space", contract.id_space, "expert_map", inputs.expert_map)
     if inputs.expert_map is not None:
-        beside = ("router_logits", router_logits)
         check_tensor("expert_map", inputs.expert_map, (spec.num_experts,), (torch.int32,), beside)
     if inputs.is_padding is not None or inputs.num_valid_tokens is not None:
         _check_padding(router_logits, contract, inputs)
+    if not _is_plain(inputs) or spec.e_score_correction_bias or spec.hash_routing or contract.id_space == "physical":
+        check_further_inputs(router_logits, spec, contract, inputs)
 
 
-def _check_structures(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, out: object) -> None:
+def _check_structures(
+    router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs, out: object
+) -> None:
     check_size(router_logits.shape[0], spec.top_k, contract.num_ids(spec.num_experts), contract)
+    if inputs.replay_ids is not None:
+        raise NotImplementedError(
+            "route does not write replay_ids beside structures yet; pass a contract with structures=()"
+        )
     if out is not None:
         raise NotImplementedError(
             f"route does not write {', '.join(contract.structures)} into buffers yet; leave out= away, or pass "
@@ -250,12 +276,6 @@ def _check_padding(router_logits: torch.Tensor, contract: Contract, inputs: Rout
             "padding needs a contract with a sentinel, and this one has sentinel=None; "
             "give the id that the consumer skips, for instance Contract(..., sentinel=-1)"
         )
-
-
-def _refuse_unsupported(inputs: RoutingInputs) -> NoReturn:
-    names = [field.name for field in dataclasses.fields(inputs) if field.name not in _SUPPORTED_INPUTS]
-    given = [name for name in names if getattr(inputs, name) is not None]
-    raise NotImplementedError(f"route does not take {', '.join(f'RoutingInputs.{name}' for name in given)} yet")
 
 
 def _check_out(

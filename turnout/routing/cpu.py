@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from turnout.contracts import Contract
+from turnout.routing.inputs import RoutingTensors, refuse_further
 from turnout.spec import RouterSpec
 from turnout.threads import in_threads
 
@@ -28,7 +29,7 @@ def launch(
     router_logits: torch.Tensor,
     spec: RouterSpec,
     contract: Contract,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: RoutingTensors,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> None:
@@ -37,7 +38,8 @@ def launch(
         raise ValueError(
             f"impl='cpu' needs logits on a CPU, got {router_logits.device}; use impl='triton' or impl='auto'"
         )
-    per_expert_scale, is_padding, num_valid_tokens, expert_map = tensors
+    refuse_further("cpu", spec, tensors)
+    per_expert_scale, is_padding, num_valid_tokens, expert_map = tensors[:4]
     num_tokens, num_experts = router_logits.shape
     logits_code = _FLOAT_CODE[router_logits.dtype]
     sentinel = contract.sentinel_id(num_experts)

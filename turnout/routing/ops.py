@@ -12,15 +12,23 @@ import torch
 
 from turnout.contracts import Contract
 from turnout.impls import launch_of
+from turnout.routing.inputs import RoutingTensors
 from turnout.spec import RouterSpec
 
 _SEPARATOR = "\n"
+# The tensors of `RoutingTensors`; callers leave away those at the end that most routers have not, to save time.
 INPUTS = (
     "Tensor router_logits, str declarations, str impl, "
-    "Tensor? per_expert_scale, Tensor? is_padding, Tensor? num_valid_tokens, Tensor? expert_map"
+    "Tensor? per_expert_scale=None, Tensor? is_padding=None, Tensor? num_valid_tokens=None, Tensor? expert_map=None, "
+    "Tensor? e_score_correction_bias=None, Tensor? input_ids=None, Tensor? given_ids=None, "
+    "Tensor? logical_to_physical_map=None, Tensor? logical_replica_count=None"
+)
+_BUFFERS = (
+    "Tensor? record_load=None, Tensor? num_counted_tokens=None, Tensor(c!)? expert_load=None, "
+    "Tensor(d!)? replay_ids=None, Tensor(a!) topk_weights, Tensor(b!) topk_ids"
 )
 torch.library.define("turnout::route", f"({INPUTS}) -> (Tensor topk_weights, Tensor topk_ids)")
-torch.library.define("turnout::route_out", f"({INPUTS}, *, Tensor(a!) topk_weights, Tensor(b!) topk_ids) -> ()")
+torch.library.define("turnout::route_out", f"({INPUTS}, *, {_BUFFERS}) -> ()")
 # Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
 for _operator in ("route", "route_out"):
     torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
@@ -51,7 +59,7 @@ def _route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spec, contract = declared(declarations)
     topk_weights, topk_ids = allocate(router_logits, spec, contract)
-    _launch_of(impl)(router_logits, spec, contract, tensors, topk_weights, topk_ids)
+    _launch_of(impl)(router_logits, spec, contract, RoutingTensors(*tensors), topk_weights, topk_ids)
     return topk_weights, topk_ids
 
 
@@ -63,9 +71,10 @@ def _route_out(
     *tensors: torch.Tensor | None,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    **buffers: torch.Tensor | None,
 ) -> None:
     spec, contract = declared(declarations)
-    _launch_of(impl)(router_logits, spec, contract, tensors, topk_weights, topk_ids)
+    _launch_of(impl)(router_logits, spec, contract, RoutingTensors(*tensors, **buffers), topk_weights, topk_ids)
 
 
 def allocate(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,5 +92,5 @@ def _route_fake(router_logits: torch.Tensor, declarations: str, *_: object) -> t
 
 
 @torch.library.register_fake("turnout::route_out")
-def _route_out_fake(*_: object, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+def _route_out_fake(*_: object, **buffers: object) -> None:
     return None

@@ -13,6 +13,7 @@ from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
 from turnout.device.launch import are_of_usual_size, current_stream, on_device_of
 from turnout.device.routing import route_rows
+from turnout.routing.inputs import RoutingTensors, refuse_further
 from turnout.spec import RouterSpec
 
 _TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -73,7 +74,7 @@ def launch(
     router_logits: torch.Tensor,
     spec: RouterSpec,
     contract: Contract,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: RoutingTensors,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> None:
@@ -81,7 +82,8 @@ def launch(
 
     A kernel seen before is launched on bare addresses, the cheapest way.
     """
-    scale, is_padding, num_valid, expert_map = tensors
+    refuse_further("triton", spec, tensors)
+    scale, is_padding, num_valid, expert_map = tensors[:4]
     num_tokens = router_logits.shape[0]
     row_stride = spec.num_experts if router_logits.is_contiguous() else router_logits.stride(0)
     tile = choose_tile(num_tokens, _next_power_of_2(spec.num_experts))
@@ -103,7 +105,7 @@ def launch(
         check_support(router_logits, spec.num_experts)
         return
     with on_device_of(router_logits):
-        arguments = (router_logits, *tensors, topk_weights, topk_ids)
+        arguments = (router_logits, *tensors[:4], topk_weights, topk_ids)
         if known is not None and are_of_usual_size(arguments):
             kernel, constants = known
             kernel[grid](

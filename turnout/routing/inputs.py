@@ -1,0 +1,39 @@
+"""The tensors of one call besides the logits, as the operators hand them to an implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from turnout.spec import RouterSpec
+
+
+class RoutingTensors(NamedTuple):
+    """Those fields of `turnout.RoutingInputs` that routing reads or writes, in the order of the operators' arguments.
+
+    ``given_ids`` is ``RoutingInputs.tid2eid``, a row for each token id, or ``forced_ids``, a row for each token.
+    """
+
+    per_expert_scale: torch.Tensor | None = None
+    is_padding: torch.Tensor | None = None
+    num_valid_tokens: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    e_score_correction_bias: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
+    given_ids: torch.Tensor | None = None
+    logical_to_physical_map: torch.Tensor | None = None
+    logical_replica_count: torch.Tensor | None = None
+    # Only of the operator that writes into buffers:
+    record_load: torch.Tensor | None = None
+    num_counted_tokens: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None  # added to
+    replay_ids: torch.Tensor | None = None  # written
+
+
+def refuse_further(impl: str, spec: RouterSpec, tensors: RoutingTensors) -> None:
+    """For an implementation that routes plain softmax families alone."""
+    is_plain = spec.scoring_func == "softmax" and spec.weighs_by_shares and spec.num_expert_group == 1
+    is_plain = is_plain and spec.logit_scale == 1.0 and spec.logit_softcap is None and not spec.divide_by_top_k
+    if not is_plain or any(tensor is not None for tensor in tensors[4:]):
+        raise NotImplementedError(f"impl={impl!r} does not route this family yet; use impl='reference'")
