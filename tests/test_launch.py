@@ -6,11 +6,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
+import triton
+
 from turnout.device import launch
 
 
 class Kernel:
-    """Stands in for a kernel and, once compiled, for that: notes which of both each launch went through."""
+    """Stands in for a kernel: notes whether each launch went through it or through what it had been compiled to."""
 
     def __init__(self):
         self.launches = []
@@ -18,9 +20,19 @@ class Kernel:
     def __getitem__(self, grid):
         def run(*arguments, num_warps):
             self.launches.append("looked up")
-            return {grid: lambda *addresses, stream: self.launches.append("kept")}
+            return Compiled(run=lambda *given: self.launches.append("kept"))
 
         return run
+
+
+class Compiled(triton.compiler.CompiledKernel):
+    """A kernel as Triton compiles it, with its own way to the launcher; ``run`` stands in for that."""
+
+    run = None
+
+    def __init__(self, run):
+        self.run, self.module, self.function, self.packed_metadata, self.src = run, object(), 17, (4, 1, 0), None
+        self.name = "kernel"
 
 
 def small(dtype=torch.float32, offset=0):
@@ -102,3 +114,72 @@ def test_triton_says_for_what_it_compiles(backend, by_size, monkeypatch):
     driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=lambda: target))
     monkeypatch.setattr(launch.triton.runtime, "driver", driver)
     assert launch._compiles_by_size.__wrapped__() is by_size
+
+
+# What is launched once more
+
+
+@pytest.fixture
+def given():
+    """What the launcher is given when a kernel is launched once more; then the same, as Triton itself gives it."""
+
+    def run():
+        notes = []
+        compiled = Compiled(run=lambda *arguments: notes.append(arguments))
+        launch.launch_compiled(compiled, (3, 2, 1), 5, (1024, None, 7))
+        compiled[3, 2, 1](1024, None, 7, stream=5)
+        return notes
+
+    return run
+
+
+def test_the_launcher_is_given_what_triton_gives_it_save_hooks_that_call_nothing(given):
+    ours, tritons = given()
+    assert ours[:6] + ours[9:] == tritons[:6] + tritons[9:] == (3, 2, 1, 5, 17, (4, 1, 0), 1024, None, 7)
+    assert ours[6:9] == (None, None, None)
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_called_as_triton_calls_them(hook, given):
+    def profile(metadata):
+        pass
+
+    chain = getattr(triton.knobs.runtime, hook)
+    chain.add(profile)
+    try:
+        ours, tritons = given()
+    finally:
+        chain.remove(profile)
+    assert ours[7:9] == tritons[7:9] == (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    assert ours[6].get() == tritons[6].get() == {"name": "kernel", "function": 17, "stream": 5}
+    assert given()[0][6:9] == (None, None, None)
+
+
+def test_one_function_as_hook_is_called(given, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", print)
+    assert given()[0][8] is print
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda kernel, grid: lambda *arguments, stream: kernel.run(grid, stream, kernel.function, *arguments),
+        lambda kernel, grid: lambda *arguments, stream: kernel.launch_somehow(grid, stream, *arguments),
+    ],
+    ids=["other_arguments", "another_launcher"],
+)
+def test_a_triton_that_does_it_otherwise_does_it_itself(other, monkeypatch):
+    class Changed(Compiled):
+        __getitem__ = other
+
+        def launch_somehow(self, *arguments):
+            notes.append(("somehow", *arguments))
+
+    notes = []
+    monkeypatch.setattr(launch, "CompiledKernel", Changed)
+    monkeypatch.setattr(launch, "_takes_usual_arguments", launch._takes_usual_arguments.__wrapped__)
+    compiled = Changed(run=lambda *arguments: notes.append(arguments))
+    launch.launch_compiled(compiled, (3, 2, 1), 5, (1024,))
+    compiled[3, 2, 1](1024, stream=5)
+    ours, tritons = notes
+    assert ours == tritons

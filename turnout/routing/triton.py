@@ -11,7 +11,7 @@ import triton.language as tl
 
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
-from turnout.device.launch import are_of_usual_size, current_stream, on_device_of
+from turnout.device.launch import are_of_usual_size, current_stream, launch_compiled, on_device_of
 from turnout.device.routing import route_rows
 from turnout.routing.inputs import RoutingTensors, refuse_further
 from turnout.spec import RouterSpec
@@ -108,10 +108,9 @@ def launch(
         arguments = (router_logits, *tensors[:4], topk_weights, topk_ids)
         if known is not None and are_of_usual_size(arguments):
             kernel, constants = known
-            kernel[grid](
-                logits_at, scale_at, padding_at, valid_at, map_at, weights_at, ids_at, num_tokens, row_stride,
-                *constants, stream=current_stream(router_logits.get_device()),
-            )  # fmt: skip
+            addresses = (logits_at, scale_at, padding_at, valid_at, map_at, weights_at, ids_at)
+            stream = current_stream(router_logits.get_device())
+            launch_compiled(kernel, grid, stream, (*addresses, num_tokens, row_stride, *constants))
             return
         check_support(router_logits, spec.num_experts)
         constants = constants_of(router_logits.dtype, spec, contract, tile)
