@@ -15,7 +15,7 @@ import turnout
 from turnout.bench import scenarios, transformers_engine
 from turnout.bench.profile import Counts, count
 from turnout.bench.scenarios import Row, Scenario, measure
-from turnout.bench.transformers_engine import Variant, decoded_tokens, load_tokenizer, make_prompts, twin_of
+from turnout.bench.transformers_engine import Decode, Variant, decoded_tokens, load_tokenizer, make_prompts, twin_of
 from turnout.bench.verdict import change_of, compare, verdict
 from turnout.cli import app
 from turnout.testing.tiny import TINY_GEMMA4, held_out_text
@@ -175,6 +175,21 @@ def test_experts_implementation_is_that_of_generate(device, implementation, in_d
         assert config._experts_implementation == expected
 
 
+@torch.no_grad()
+def test_each_round_of_decode_starts_after_the_prompts():
+    model = gemma4_models.drawn_gemma4()
+    prompts = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
+    decode = Decode(Variant(model), prompts, 3)
+    rounds = []
+    for _ in range(3):
+        decode.prepare()
+        rounds.append([decode.logits().clone() for _ in range(2)] + [decode.forward() or decode.tokens[-1]])
+    for each in rounds[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(rounds[0], each, strict=True))
+    ids = torch.cat([prompts, decode.tokens[0]], dim=1)
+    torch.testing.assert_close(rounds[2][0], model(input_ids=ids, use_cache=False).logits[:, -1])
+
+
 def test_compiled_turnout_runs_turnout_and_decodes_as_stock(monkeypatch):
     compile_model = torch.compile  # test_transformers.py runs inductor; here it would only take long
     monkeypatch.setattr(
@@ -206,6 +221,8 @@ def is_in_compiled_region(event):
 class Clockwork:
     """A runner that notes its calls."""
 
+    warm_up_forwards = 3
+
     def __init__(self, name, calls):
         self.name, self.calls = name, calls
 
@@ -230,6 +247,16 @@ def test_rounds_follow_the_time_there_is(monkeypatch, budget, rounds):
     monkeypatch.setattr(scenarios, "SECONDS_PER_SCENARIO", budget)
     (row,) = measure(DECODE, {"stock": Clockwork("stock", [])}, CPU)
     assert len(row.seconds) == rounds
+
+
+@pytest.mark.parametrize(("budget", "profiles"), [(0.0, 1), (60.0, scenarios.PROFILED_FORWARDS)])
+def test_long_forwards_are_profiled_once(monkeypatch, budget, profiles):
+    monkeypatch.setattr(scenarios, "SECONDS_PER_PROFILE", budget)
+    counted = []
+    monkeypatch.setattr(scenarios, "count", lambda call, device: counted.append(call) or Counts(len(counted), 0.1, 1))
+    (row,) = measure(DECODE, {"stock": Clockwork("stock", [])}, CPU, rounds=2)
+    assert len(counted) == profiles
+    assert row.counts.copies == profiles // 2 + 1
 
 
 def test_count_sees_copies_inside_a_custom_operator_and_counts_it_as_one_launch():

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from turnout.bench.scenario_table import scenario_table
 from turnout.bench.scenarios import Row
+from turnout.bench.transformers_engine import BITS_PER_BYTE_CHARACTERS
 from turnout.bench.verdict import compare, verdict
 from turnout.contracts import contracts, dtype_name
 from turnout.machine import device_name, environment
@@ -163,7 +164,7 @@ class Result:
         console.print(
             f"\n[dim]Of one forward: calls of aten::copy_, their share of {self._time}{ops}. tok/s and time per "
             f"output token (TPOT): median; ±: half the interquartile range of {min(rounds)} to {max(rounds)} rounds, "
-            "variants in turn. "
+            f"variants in turn. Bits per byte: of {BITS_PER_BYTE_CHARACTERS} characters of held-out text. "
             f"Prompts: {self.prompts}, {self.settings.prefill} tokens. CPU threads: {torch.get_num_threads()}.[/dim]\n"
         )
         console.print(f"{self.identity}.\n")
@@ -182,6 +183,7 @@ class Result:
             settings: the fields of `Settings`
             model: layers, hidden_size, num_experts, top_k, moe_intermediate_size, vocab_size, parameters
             prompts: what they are made of
+            bits_per_byte_characters: of held-out text, on which bits per byte are measured
             consumers: {prefill, decode}, each with the fields of `Consumer`
             rows: one for each scenario and variant
                 phase: "prefill" or "decode"
@@ -204,6 +206,7 @@ class Result:
             "settings": dataclasses.asdict(self.settings),
             "model": self.geometry,
             "prompts": self.prompts,
+            "bits_per_byte_characters": BITS_PER_BYTE_CHARACTERS,
             "consumers": {phase: dataclasses.asdict(each) for phase, each in self.consumers.items()},
             "rows": [_row_json(row, self.bits_per_byte[row.variant]) for row in self.rows],
             "comparisons": [

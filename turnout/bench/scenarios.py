@@ -17,8 +17,8 @@ import torch
 
 from turnout.bench.profile import Counts, count
 
-WARM_UP_FORWARDS = 3  # a compiled forward may compile twice, and record a device graph at the third call
-PROFILED_FORWARDS = 3  # the middle one counts: one may be interrupted
+PROFILED_FORWARDS = 3  # at most; the middle one counts: one may be interrupted
+SECONDS_PER_PROFILE = 1.0  # after which no other forward is profiled
 FEWEST_ROUNDS, MOST_ROUNDS = 6, 25  # six rounds are the fewest that give a median's 95% interval
 SECONDS_PER_SCENARIO = 5.0
 
@@ -51,7 +51,13 @@ class Scenario:
 
 
 class Runner(Protocol):
-    """One variant of an engine in one scenario."""
+    """One variant of an engine in one scenario.
+
+    Attributes:
+        warm_up_forwards: how many forwards differ from all later ones.
+    """
+
+    warm_up_forwards: int
 
     def prepare(self) -> None:
         """Go back to the state before the first timed forward; not timed."""
@@ -111,13 +117,9 @@ def measure(
     """
     counts = {}
     for variant, runner in runners.items():
-        for _ in range(math.ceil(WARM_UP_FORWARDS / scenario.forwards)):
+        for _ in range(math.ceil(runner.warm_up_forwards / scenario.forwards)):
             _time(runner, scenario.forwards, device)
-        profiles = []
-        for _ in range(PROFILED_FORWARDS):
-            runner.prepare()
-            profiles.append(count(runner.forward, device))
-        counts[variant] = sorted(profiles, key=lambda each: each.copy_share)[PROFILED_FORWARDS // 2]
+        counts[variant] = _count(runner, device)
 
     seconds: dict[str, list[float]] = {variant: [] for variant in runners}
     order, start, done = list(runners), time.perf_counter(), 0
@@ -127,6 +129,15 @@ def measure(
         order.reverse()  # whoever runs first finds the caches of the last
         done += 1
     return [Row(scenario, variant, counts[variant], tuple(seconds[variant])) for variant in runners]
+
+
+def _count(runner: Runner, device: torch.device) -> Counts:
+    profiles: list[Counts] = []
+    start = time.perf_counter()
+    while not profiles or (len(profiles) < PROFILED_FORWARDS and time.perf_counter() - start < SECONDS_PER_PROFILE):
+        runner.prepare()
+        profiles.append(count(runner.forward, device))
+    return sorted(profiles, key=lambda each: each.copy_share)[len(profiles) // 2]
 
 
 def _is_enough(done: int, rounds: int | None, elapsed: float) -> bool:
