@@ -1,4 +1,4 @@
-"""Triton functions that the kernels of more than one station use. Importing this room's modules imports triton."""
+"""Triton functions that the kernels of more than one station use. Importing those modules imports triton."""
 
 MAX_KERNEL_EXPERTS = 1024  # a kernel holds a row of logits whole
 # Slots in a block, for each row of block_offsets and block_schedule: what triton_kernels chooses from at each launch.

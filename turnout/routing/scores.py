@@ -1,8 +1,8 @@
 """Score functions in torch, from operations that every machine rounds alike: multiply, add, divide, square root.
 
 A selection that ranks scores depends on their last bit, and libraries differ there. So the reference and every kernel
-compute exp and log by the polynomials below, step by step, with no step fused into another. They are those of Cephes'
-expf and logf (www.netlib.org/cephes), accurate to one or two units in the last place.
+compute exp and log by the same polynomials, step by step, with no step fused into another. They are accurate to one or
+two units in the last place.
 """
 
 from __future__ import annotations
@@ -11,26 +11,16 @@ import math
 
 import torch
 
-from turnout.spec import FLOAT32_MAX, RouterSpec
-
-LOG2_E = 1.44269504088896341
-# ln 2 in two parts: products of the first with a small integer are exact.
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
-EXP_COEFFICIENTS = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
+from turnout.device.polynomials import (
+    EXP_COEFFICIENTS,
+    EXP_MAX,
+    EXP_MIN,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    LOG_COEFFICIENTS,
 )
-# exp(x) counts as 0 below the first and as infinite above the second, so that no result, and no reciprocal of one plus
-# it, is a subnormal number.
-EXP_MIN, EXP_MAX = -87.0, 87.0
-LOG_COEFFICIENTS = (
-    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
-    2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
-)  # fmt: skip
+from turnout.spec import FLOAT32_MAX, RouterSpec
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +63,8 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
 
 def sqrtsoftplus(x: torch.Tensor) -> torch.Tensor:
     """sqrt(log(1 + exp(x))) of float32 values that are not NaN."""
-    return torch.sqrt(x.clamp(0.0, FLOAT32_MAX) + log1p(exp(-x.abs())))
+    softplus = x.clamp(0.0, FLOAT32_MAX) + log1p(exp(-x.abs()))
+    return softplus.double().sqrt().float()  # torch rounds a square root of float32 one way or the other on CPUs
 
 
 def tanh(x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +97,8 @@ def capped(logits: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
     if spec.logit_scale != 1.0:
         values = values * spec.logit_scale
     if spec.logit_softcap is not None:
-        values = tanh(values / spec.logit_softcap) * spec.logit_softcap
+        cap = torch.full_like(values, spec.logit_softcap)  # CUDA multiplies by the reciprocal of a Python number
+        values = tanh(values / cap) * cap
     return values
 
 
