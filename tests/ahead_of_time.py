@@ -4,6 +4,7 @@ Prints one JSON object: for each kernel, target and case, the kinds of code that
 """
 
 import concurrent.futures
+import dataclasses
 import json
 
 import ahead_of_time_bench
@@ -17,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import turnout
+from turnout.device.scores import EXACT
 from turnout.routing import triton as routing
+from turnout.routing.inputs import RoutingTensors
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -26,49 +29,86 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTER = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1",
     torch.int16: "*i16", torch.int32: "*i32", torch.uint32: "*u32", torch.int64: "*i64",
 }  # fmt: skip
+ROWS = 64  # of the tensors of a case that have one for each token
 
 
 def route_cases():
-    """Arguments of `route_source`: between them every dtype, every optional tensor, both normalisations."""
+    """Arguments of `route_source`: between them every dtype, every optional tensor, every score and weight."""
     gemma4 = turnout.RouterSpec(num_experts=128, top_k=8, renormalize=True, per_expert_scale=True)
     qwen = turnout.RouterSpec(num_experts=60, top_k=5, weights_rounding="input", routed_scaling_factor=2.5)
     large = turnout.RouterSpec(num_experts=896, top_k=16, per_expert_scale=True)
     contract = turnout.Contract
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    int16, int32, int64 = torch.int16, torch.int32, torch.int64
     return {
-        "gemma4": (gemma4, contract(ids_dtype=torch.int64), torch.float32, torch.bfloat16, (), 1),
-        "gemma4_tile": (gemma4, contract(ids_dtype=torch.int32, sentinel=-1), torch.bfloat16, torch.float32,
-                        ("num_valid_ptr",), 4),
-        "qwen": (qwen, contract(ids_dtype=torch.int16, weights_dtype=torch.bfloat16, sentinel="num_experts"),
-                 torch.bfloat16, None, ("is_padding_ptr",), 1),
-        "large": (large, contract(ids_dtype=torch.uint32, weights_dtype=torch.float16), torch.float16, torch.float16,
-                  (), 1),
+        "gemma4": (gemma4, contract(ids_dtype=int64), float32, 1, given(per_expert_scale=(bfloat16, 128))),
+        "gemma4_tile": (gemma4, contract(ids_dtype=int32, sentinel=-1), bfloat16, 4,
+                        given(per_expert_scale=(float32, 128), num_valid_tokens=(int32, 1))),
+        "qwen": (qwen, contract(ids_dtype=int16, weights_dtype=bfloat16, sentinel="num_experts"), bfloat16, 1,
+                 given(is_padding=(torch.bool, ROWS))),
+        "large": (large, contract(ids_dtype=torch.uint32, weights_dtype=float16), float16, 1,
+                  given(per_expert_scale=(float16, 896))),
+        **family_cases(),
     }  # fmt: skip
 
 
-def route_source(spec, contract, logits_dtype, scale_dtype, padding, rows):
+def family_cases():
+    """Routers that rank scores, have groups or tables, and experts with replicas."""
+    spec, contract = turnout.RouterSpec, turnout.Contract()
+    physical = turnout.Contract(sentinel=-1, id_space="physical")
+    float32, bfloat16, int32, int64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
+    deepseek_v3 = spec(
+        num_experts=256, top_k=8, scoring_func="sigmoid", e_score_correction_bias=True, num_expert_group=8,
+        topk_group=4, group_score="top2_sum", group_fill="zero", renormalize=True, renormalize_eps=1e-20,
+        routed_scaling_factor=2.5,
+    )  # fmt: skip
+    ernie = spec(num_experts=64, top_k=6, e_score_correction_bias=True, renormalize=True, renormalize_min=1e-12)
+    gpt_oss = spec(num_experts=128, top_k=4, scoring_func="none", selected_score="softmax", weights_rounding="input")
+    deepseek_v4 = spec(
+        num_experts=256, top_k=6, scoring_func="sqrtsoftplus", renormalize=True, routed_scaling_factor=1.5
+    )  # fmt: skip
+    kolibri = spec(
+        num_experts=384, top_k=6, scoring_func="sigmoid", e_score_correction_bias=True, score_dtype="input",
+        logit_softcap=30.0, logit_scale=0.5, divide_by_top_k=True,
+    )  # fmt: skip
+    grouped = spec(num_experts=192, top_k=6, num_expert_group=8, topk_group=3)
+    return {
+        "deepseek_v3": (deepseek_v3, contract, float32, 1, given(e_score_correction_bias=(float32, 256))),
+        "ernie": (ernie, contract, float32, 4, given(e_score_correction_bias=(float32, 64))),
+        "gpt_oss": (gpt_oss, contract, bfloat16, 1, given()),
+        "deepseek_v4": (dataclasses.replace(deepseek_v4, e_score_correction_bias=True), contract, float32, 1,
+                        given(e_score_correction_bias=(bfloat16, 256))),
+        "hash_table": (dataclasses.replace(deepseek_v4, hash_routing=True), contract, float32, 1,
+                       given(input_ids=(int64, ROWS), given_ids=(int64, 1000, 6))),
+        "replay": (gpt_oss, contract, bfloat16, 1, given(given_ids=(torch.int16, ROWS, 4))),
+        "kolibri": (kolibri, contract, torch.float16, 1, given(e_score_correction_bias=(torch.float16, 384))),
+        "grouped": (grouped, contract, bfloat16, 1, given()),
+        "eplb": (grouped, physical, float32, 1,
+                 given(logical_to_physical_map=(int64, 192, 3), logical_replica_count=(int64, 192),
+                       record_load=(torch.bool, 1), num_counted_tokens=(int32, 1), expert_load=(int32, 200),
+                       replay_ids=(torch.int16, ROWS, 6))),
+    }  # fmt: skip
+
+
+def given(**tensors):
+    """Tensors of a call, without memory: a dtype and a shape for each."""
+    made = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, *shape) in tensors.items()}
+    return RoutingTensors(**made)
+
+
+def route_source(spec, contract, logits_dtype, rows, tensors):
     """What Triton would compile for a call of `turnout.route`."""
     kernel = routing._route_kernel
-    tile = routing.Tile(rows, 1)
-    constants = routing.constants_of(logits_dtype, spec, contract, tile)
-    constants = dict(zip(kernel.arg_names[-len(constants) :], constants, strict=True))
-    pointers = {
-        "logits_ptr": POINTER[logits_dtype],
-        "scale_ptr": POINTER.get(scale_dtype),
-        "is_padding_ptr": "*i1" if "is_padding_ptr" in padding else None,
-        "num_valid_ptr": "*i32" if "num_valid_ptr" in padding else None,
-        "expert_map_ptr": "*i32" if "expert_map_ptr" in padding else None,
-        "weights_ptr": POINTER[contract.weights_dtype],
-        "ids_ptr": POINTER[contract.ids_dtype],
-    }
-    constants |= {name: None for name, kind in pointers.items() if kind is None}
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    signature |= {name: kind for name, kind in pointers.items() if kind is not None}
-    signature |= {"num_tokens": "i32", "row_stride": "i32"}
-    indices = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    return ASTSource(fn=kernel, signature=signature, constexprs={indices[k]: v for k, v in constants.items()})
+    constants = routing.constants_of(spec, contract, tensors, routing.Tile(rows, 1))
+    dtypes = [logits_dtype, *(getattr(t, "dtype", None) for t in tensors), contract.weights_dtype, contract.ids_dtype]
+    kinds = [*(POINTER.get(dtype, "constexpr") for dtype in dtypes), "i32", "i32", *["constexpr"] * len(constants)]
+    signature = dict(zip(kernel.arg_names, kinds, strict=True))
+    values = [None] * (len(kinds) - len(constants)) + list(constants)
+    constexprs = {(i,): value for i, (kind, value) in enumerate(zip(kinds, values, strict=True)) if kind == "constexpr"}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
 
 
 def all_sources():
@@ -90,8 +130,10 @@ def compile_for(target):
     for (kernel, case), source in all_sources().items():
         if target in ahead_of_time_quantized.NOT_FOR.get(case, ()):
             continue
-        num_warps = 1 if kernel == "_route_kernel" else 4
-        result = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+        options = {"num_warps": 1 if kernel == "_route_kernel" else 4}
+        if kernel in ("_route_kernel", "_route_permute_kernel"):
+            options |= EXACT
+        result = triton.compile(source, target=TARGETS[target], options=options)
         code = {kind: len(result.asm[kind]) for kind in ("cubin", "hsaco") if kind in result.asm}
         compiled.append({"kernel": kernel, "case": case, "target": target, "code": code, "ttir": result.asm["ttir"]})
     return compiled

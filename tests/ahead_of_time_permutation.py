@@ -1,11 +1,12 @@
 """The kernels of the permutation, for ahead_of_time.py."""
 
 import torch
-import triton.language as tl
 from triton.compiler import ASTSource
 
-from turnout.contracts import STRUCTURES
+from turnout.contracts import STRUCTURES, Contract
 from turnout.permutation import triton as permutation
+from turnout.routing import triton as routing
+from turnout.spec import RouterSpec
 
 POINTER = {torch.int16: "*i16", torch.int32: "*i32", torch.uint32: "*u32", torch.int64: "*i64"}
 REMAP = ("tokens_per_expert", "inv_permuted_idx")  # through a map
@@ -30,12 +31,13 @@ def source(kernel, ids_dtype, structures_dtype, structures, num_experts, top_k, 
         pointers |= {"expert_map_ptr": "*i32"} if structures_dtype == torch.int64 else {}
     elif structures == REMAP:
         pointers["map_ptr"] = "*i32"
+    spec = RouterSpec(num_experts=num_experts, top_k=top_k, renormalize=True)
     numbers = {"num_tokens": "i32", "map_size": "i32", "run": "i32", "row_stride": "i32"}
     constants = {
         "NUM_EXPERTS": num_experts, "TOP_K": top_k, "BLOCK_SIZE": block_size, "BLOCK_S": TILE,
         "BLOCK_E": permutation.experts_of_tile(num_experts), "BLOCK_K": permutation._next_power_of_2(top_k),
-        "RENORMALIZE": True, "SCALING_FACTOR": 1.0, "ROUNDING": tl.float32, "SENTINEL": -1, "NUM_IDS": num_experts,
-        "BLOCK_T": 4, "BLOCK_LOGITS": permutation._next_power_of_2(num_experts),
+        "RECIPE": routing.recipe_of(spec, Contract(sentinel="num_experts"), 0, 0, 0), "BLOCK_T": 4,
+        "BLOCK_LOGITS": permutation._next_power_of_2(num_experts),
     }  # fmt: skip
     signature = {name: (pointers | numbers).get(name, "constexpr") for name in kernel.arg_names}
     given = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}

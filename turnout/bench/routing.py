@@ -15,6 +15,7 @@ from turnout.bench.vllm_kernel import find_source, load_gemma4_routing
 from turnout.contracts import Contract
 from turnout.machine import environment
 from turnout.routing.api import route
+from turnout.routing.inputs import RoutingTensors
 from turnout.spec import RouterSpec
 from turnout.types import Routing, RoutingInputs
 
@@ -152,6 +153,7 @@ def memory_rate() -> float:
 
 def host_cost(spec: RouterSpec, dtype: torch.dtype) -> dict[str, list[float]]:
     """Microseconds of the host for one eager call at T=1, beside a bare Triton launch of the same kernel."""
+    from turnout.device.scores import EXACT
     from turnout.routing import triton as implementation
 
     logits = torch.randn(1, spec.num_experts, device="cuda").to(dtype)
@@ -159,11 +161,12 @@ def host_cost(spec: RouterSpec, dtype: torch.dtype) -> dict[str, list[float]]:
     contract, inputs = Contract(ids_dtype=torch.int64), RoutingInputs(per_expert_scale=scale)
     weights, ids, *_ = route(logits, spec, contract, inputs)
     tile = implementation.choose_tile(1, 1 << (spec.num_experts - 1).bit_length())
-    constants = implementation.constants_of(dtype, spec, contract, tile)
-    arguments = (logits, scale, None, None, None, weights, ids, 1, logits.stride(0), *constants)
+    tensors = RoutingTensors(per_expert_scale=scale)
+    constants = implementation.constants_of(spec, contract, tensors, tile)
+    arguments = (logits, *tensors, weights, ids, 1, logits.stride(0), *constants)
     calls = {
         "route": lambda: route(logits, spec, contract, inputs),
-        "bare launch": lambda: implementation._route_kernel[(1, 1, 1)](*arguments, num_warps=tile.num_warps),
+        "bare launch": lambda: implementation._route_kernel[(1, 1, 1)](*arguments, num_warps=tile.num_warps, **EXACT),
     }
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(12):

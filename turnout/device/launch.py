@@ -24,9 +24,11 @@ def launch_kernel(
     numbers: tuple[int, ...],
     constants: tuple[Any, ...],
     num_warps: int,
+    **options: Any,
 ) -> None:
     """Launch a kernel whose arguments are tensors (absent ones None), numbers, constants, in this order.
 
+    Further options of its compilation must be the same in every launch of the kernel.
     The numbers must be among those that the kernel does not specialise on. A kernel seen before is launched on bare
     addresses, the cheapest way.
     """
@@ -50,7 +52,7 @@ def launch_kernel(
         stream = current_stream(tensors[0].get_device())  # type: ignore[union-attr]
         launch_compiled(known, grid, stream, (*addresses, *numbers, *constants))
         return
-    compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+    compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps, **options)
     if aligned and compiled is not None and are_of_usual_size(tensors):  # the interpreter returns nothing
         _compiled[key] = compiled
 

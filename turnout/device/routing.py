@@ -1,105 +1,235 @@
-"""The routing of a tile of rows: what every kernel that routes does, whatever it does besides."""
+"""The routing of a tile of rows: what every kernel that routes does, whatever it does besides.
+
+What a `Recipe` does not ask for, and what tensors that are None would do, is not compiled.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from turnout.device.keys import TAKEN, column_of, key_value, ordered_key, with_column, without_column
+from turnout.device.keys import NAN, TAKEN, column_of, key_value, ordered_key, with_column, without_column
 from turnout.device.rounding import narrowed, round_to, widened
+from turnout.device.scores import capped, scores, sigmoid, softmax_total, without_nan
+from turnout.device.selection import best_groups_alone, given_experts, largest_keys
 from turnout.device.softmax import tree_sum, unnormalized_softmax
+
+_KNUTH = tl.constexpr(2654435769)  # floor(2^32 / golden ratio): a multiplicative hash
+
+
+class Recipe(NamedTuple):
+    """What a kernel is specialised on: of the spec, under its names there; of the contract; sizes of tensors."""
+
+    num_experts: int
+    top_k: int
+    logit_scale: float
+    logit_softcap: float | None
+    scoring_func: str
+    rounds_scores: bool  # to the dtype of the logits
+    ranks_scores: bool
+    num_expert_group: int
+    topk_group: int
+    group_score: str
+    fills_with_zero: bool
+    weighs_by_shares: bool
+    selected_score: str
+    shares_among_selected: bool
+    renormalize: bool
+    renormalize_eps: float
+    renormalize_min: float
+    routed_scaling_factor: float
+    divide_by_top_k: bool
+    rounds_weights: bool  # to the dtype of the logits
+    sentinel: int
+    num_ids: int  # ids that expert_map gives are below it
+    num_token_ids: int  # rows of the table of given ids; the size of a tensor that is None is 0
+    num_replicas: int
+    num_physical_experts: int
 
 
 @triton.jit
 def route_rows(
     logits_ptr,  # [T, E], rows row_stride apart
-    scale_ptr,  # [E] or None
-    is_padding_ptr,  # [T] or None
-    num_valid_ptr,  # [1] or None
-    expert_map_ptr,  # [E] or None
+    scale_ptr,  # [E] or None, as every tensor of RoutingTensors
+    is_padding_ptr,  # [T]
+    num_valid_ptr,  # [1]
+    expert_map_ptr,  # [E]
+    bias_ptr,  # [E]
+    input_ids_ptr,  # [T]
+    given_ids_ptr,  # [num_token_ids, K], or [T, K] without input_ids
+    physical_map_ptr,  # [E, num_replicas]
+    replica_count_ptr,  # [E]
+    record_load_ptr,  # [1]
+    num_counted_ptr,  # [1]
+    load_ptr,  # [num_physical_experts]
+    replay_ptr,  # [T, K]
     weights_ptr,  # [T, K]
     ids_ptr,  # [T, K]
     rows,  # [BLOCK_T] int64
     num_tokens,
     row_stride,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    SCALING_FACTOR: tl.constexpr,
-    ROUNDING: tl.constexpr,  # dtype to which the model rounds its weights
-    SENTINEL: tl.constexpr,
-    NUM_IDS: tl.constexpr,  # ids that the map gives are below it
+    RECIPE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Route BLOCK_T rows, held whole, and store their weights and ids.
-
-    K rounds take the largest key and, among equals, the lowest column.
-    """
+    """Route BLOCK_T rows, held whole, and store their weights and ids."""
     columns = tl.arange(0, BLOCK_E)[None, :]
     is_row = rows < num_tokens
-    is_expert = columns < NUM_EXPERTS
+    is_expert = columns < RECIPE.num_experts
     # Lanes take columns one by one, not in runs: the tile then has the layout of the results, and nothing is
     # exchanged through shared memory (fewer instructions a row by 39% at E=128, K=8).
     logit_ptrs = tl.max_contiguous(logits_ptr + rows[:, None] * row_stride + columns, [1, 1])
     logits = widened(tl.load(logit_ptrs, mask=is_row[:, None] & is_expert, other=0.0))
+    values = capped(without_nan(logits), RECIPE)
+    LOGITS: tl.constexpr = logits_ptr.dtype.element_ty
+    SCORES: tl.constexpr = LOGITS if RECIPE.rounds_scores else tl.float32
+    best, total = 0.0, 1.0
+    if RECIPE.scoring_func == "softmax" and not RECIPE.weighs_by_shares:
+        best = row_max(values, is_expert)
+        total = softmax_total(values, best, is_expert, RECIPE.top_k, BLOCK_T, BLOCK_E)
 
-    # A 16-bit logit and its column fit one key, which then is unique in its row.
-    UNIQUE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
-    keys = ordered_key(logits)
-    if not RENORMALIZE:
-        values = key_value(keys)
-    if UNIQUE:
-        keys = with_column(keys, columns)
-    keys = tl.where(is_expert, keys, TAKEN)
+    if given_ids_ptr is None:
+        # A 16-bit logit and its column fit one key, which then is unique in its row.
+        UNIQUE: tl.constexpr = LOGITS.primitive_bitwidth == 16 and not RECIPE.ranks_scores
+        keys = ordered_key(logits)
+        if RECIPE.ranks_scores:
+            ranked = with_bias(scores(values, best, total, RECIPE, SCORES), bias_ptr, columns, is_expert)
+            keys = tl.where(keys == NAN, NAN, ordered_key(ranked))
+        if RECIPE.topk_group < RECIPE.num_expert_group:
+            keys = best_groups_alone(keys, columns, RECIPE, BLOCK_E)
+        if UNIQUE:
+            keys = with_column(keys, columns)
+        keys = tl.where(is_expert, keys, TAKEN)
+        topk_keys, topk_ids, first = largest_keys(keys, columns, UNIQUE, RECIPE.top_k, BLOCK_T, BLOCK_E, BLOCK_K)
+        if UNIQUE:
+            topk_ids = column_of(topk_keys)
+            topk_keys = without_column(topk_keys)
+            first = without_column(first)
     slots = tl.arange(0, BLOCK_K)[None, :]
-    topk_keys = tl.full([BLOCK_T, BLOCK_K], 0, tl.int32)
-    topk_ids = tl.full([BLOCK_T, BLOCK_K], 0, tl.int32)
-    for k in tl.static_range(TOP_K):
-        top_key = tl.max(keys, axis=1)[:, None]
-        topk_keys = tl.where(slots == k, top_key, topk_keys)
-        taken = keys == top_key
-        if not UNIQUE:
-            lowest = tl.min(tl.where(taken, columns, BLOCK_E), axis=1)[:, None]
-            topk_ids = tl.where(slots == k, lowest, topk_ids)
-            taken = columns == lowest
-        if k == 0:
-            best = top_key
-        keys = tl.where(taken, TAKEN, keys)
+    is_slot = slots < RECIPE.top_k
+    is_written = is_row[:, None] & is_slot
+    carries_work = is_written
+    if given_ids_ptr is not None:
+        topk_ids, carries_work = given_experts(given_ids_ptr, input_ids_ptr, rows, is_row, slots, RECIPE)
 
-    if UNIQUE:
-        topk_ids = column_of(topk_keys)
-        topk_keys = without_column(topk_keys)
-        best = without_column(best)
-    best = key_value(best)
-    is_slot = slots < TOP_K
-    mass = tl.where(is_slot, unnormalized_softmax(key_value(topk_keys), best), 0.0)
-    if RENORMALIZE:
+    KEYS_ARE_OF_LOGITS: tl.constexpr = given_ids_ptr is None and not (
+        RECIPE.ranks_scores or RECIPE.topk_group < RECIPE.num_expert_group
+    )
+    if KEYS_ARE_OF_LOGITS:
+        selected = capped(key_value(topk_keys), RECIPE)
+    else:
+        selected_ptrs = logits_ptr + rows[:, None] * row_stride + topk_ids
+        selected = capped(without_nan(widened(tl.load(selected_ptrs, mask=is_written, other=0.0))), RECIPE)
+    if RECIPE.weighs_by_shares:
+        if KEYS_ARE_OF_LOGITS:
+            best = capped(key_value(first), RECIPE)
+        elif RECIPE.shares_among_selected:
+            best = row_max(selected, is_slot)
+        else:
+            best = row_max(values, is_expert)
+        weights = softmax_shares(selected, values, best, is_slot, is_expert, RECIPE, BLOCK_T, BLOCK_E, BLOCK_K)
+    elif RECIPE.selected_score == "sigmoid":
+        weights = sigmoid(selected)
+    else:
+        weights = scores(selected, best, total, RECIPE, SCORES)
+    if RECIPE.renormalize and not RECIPE.weighs_by_shares:
+        weights = normalized(tl.where(is_slot, weights, 0.0), RECIPE, BLOCK_T, BLOCK_K)
+    if scale_ptr is not None:
+        weights = weights * widened(tl.load(scale_ptr + topk_ids, mask=is_slot, other=0.0))
+    weights = weights * RECIPE.routed_scaling_factor
+    if RECIPE.divide_by_top_k:
+        weights = tl.div_rn(weights, 1.0 * RECIPE.top_k)
+    weights = round_to(weights, LOGITS if RECIPE.rounds_weights else tl.float32)
+
+    positions = rows[:, None] * RECIPE.top_k + slots
+    if is_padding_ptr is not None:
+        carries_work = carries_work & (tl.load(is_padding_ptr + rows, mask=is_row, other=1) == 0)[:, None]
+    if num_valid_ptr is not None:
+        carries_work = carries_work & (rows < tl.load(num_valid_ptr))[:, None]
+    if replay_ptr is not None:
+        tl.store(replay_ptr + positions, tl.where(carries_work, topk_ids, -1).to(tl.int16), mask=is_written)
+    if expert_map_ptr is not None:
+        topk_ids = tl.load(expert_map_ptr + topk_ids, mask=is_slot, other=-1)
+        carries_work = carries_work & (topk_ids >= 0) & (topk_ids < RECIPE.num_ids)
+    if physical_map_ptr is not None:
+        topk_ids = physical_ids(topk_ids, physical_map_ptr, replica_count_ptr, rows, is_slot, RECIPE)
+        carries_work = carries_work & (topk_ids >= 0)
+    if load_ptr is not None:
+        count_load(load_ptr, record_load_ptr, num_counted_ptr, topk_ids, carries_work, rows, RECIPE)
+    topk_ids = topk_ids.to(ids_ptr.dtype.element_ty)  # which holds the sentinel
+    MAY_IDLE: tl.constexpr = is_padding_ptr is not None or num_valid_ptr is not None or given_ids_ptr is not None
+    if MAY_IDLE or expert_map_ptr is not None or physical_map_ptr is not None:
+        weights = tl.where(carries_work, weights, 0.0)
+        topk_ids = tl.where(carries_work, topk_ids, RECIPE.sentinel)
+    WEIGHTS: tl.constexpr = weights_ptr.dtype.element_ty
+    tl.store(weights_ptr + positions, narrowed(weights, WEIGHTS), mask=is_written)
+    tl.store(ids_ptr + positions, topk_ids, mask=is_written)
+
+
+@triton.jit
+def row_max(values, is_valid):
+    """The largest of each row's valid values: [ROWS, 1]."""
+    return tl.max(tl.where(is_valid, values, float("-inf")), axis=1)[:, None]
+
+
+@triton.jit
+def with_bias(values, bias_ptr, columns, is_expert):
+    """Values [BLOCK_T, BLOCK_E] plus those of a vector [E], if there is one."""
+    if bias_ptr is not None:
+        # For each row and one by one, as the logits are: the same layout then.
+        bias_ptrs = tl.max_contiguous(tl.broadcast_to(bias_ptr + columns, values.shape), [1, 1])
+        values = values + widened(tl.load(bias_ptrs, mask=is_expert, other=0.0))
+    return values
+
+
+@triton.jit
+def softmax_shares(
+    selected,
+    values,
+    best,
+    is_slot,
+    is_expert,
+    RECIPE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The softmax of the selected values among themselves, or among all."""
+    mass = tl.where(is_slot, unnormalized_softmax(selected, best), 0.0)
+    if RECIPE.shares_among_selected:
         total = tree_sum(mass, BLOCK_T, BLOCK_K)
     else:
         everyone = unnormalized_softmax(values, best)
         total = tree_sum(tl.where(is_expert, everyone, 0.0), BLOCK_T, BLOCK_E)
-        total = tl.where(best == float("-inf"), TOP_K, total)  # nothing but -inf: K equal shares
-    weights = tl.div_rn(mass, tl.broadcast_to(total, [BLOCK_T, BLOCK_K]))
-    if scale_ptr is not None:
-        weights = weights * widened(tl.load(scale_ptr + topk_ids, mask=is_slot, other=0.0))
-    weights = weights * SCALING_FACTOR
-    weights = round_to(weights, ROUNDING)
+        total = tl.where(best == float("-inf"), RECIPE.top_k, total)  # nothing but -inf: K equal shares
+    return tl.div_rn(mass, tl.broadcast_to(total, [BLOCK_T, BLOCK_K]))
 
-    is_token = is_row
-    if is_padding_ptr is not None:
-        is_token = is_token & (tl.load(is_padding_ptr + rows, mask=is_row, other=1) == 0)
-    if num_valid_ptr is not None:
-        is_token = is_token & (rows < tl.load(num_valid_ptr))
-    if is_padding_ptr is not None or num_valid_ptr is not None or expert_map_ptr is not None:
-        carries_work = is_token[:, None] & is_slot
-        if expert_map_ptr is not None:
-            topk_ids = tl.load(expert_map_ptr + topk_ids, mask=is_slot, other=-1)
-            carries_work = carries_work & (topk_ids >= 0) & (topk_ids < NUM_IDS)
-        weights = tl.where(carries_work, weights, 0.0)
-        topk_ids = tl.where(carries_work, topk_ids, SENTINEL)
 
-    positions = rows[:, None] * TOP_K + slots
-    is_written = is_row[:, None] & is_slot
-    WEIGHTS: tl.constexpr = weights_ptr.dtype.element_ty
-    tl.store(weights_ptr + positions, narrowed(weights, WEIGHTS), mask=is_written)
-    tl.store(ids_ptr + positions, topk_ids.to(ids_ptr.dtype.element_ty), mask=is_written)
+@triton.jit
+def normalized(weights, RECIPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Weights divided by their sum; where nothing has any weight, all K share equally."""
+    total = tree_sum(weights, BLOCK_T, BLOCK_K) + RECIPE.renormalize_eps
+    total = tl.maximum(total, RECIPE.renormalize_min)
+    total = tl.broadcast_to(total, [BLOCK_T, BLOCK_K])
+    return tl.where(total == 0.0, 1.0 / RECIPE.top_k, tl.div_rn(weights, tl.where(total == 0.0, 1.0, total)))
+
+
+@triton.jit
+def physical_ids(ids, physical_map_ptr, replica_count_ptr, rows, is_slot, RECIPE: tl.constexpr):
+    """The replica of each logical expert that serves a row: the same for all its slots, spread by a hash of the row."""
+    hashed = (rows * _KNUTH).to(tl.uint32)[:, None]
+    num_replicas = tl.maximum(tl.load(replica_count_ptr + ids, mask=is_slot, other=1), 1)
+    replicas = hashed % num_replicas.to(tl.uint32)
+    return tl.load(physical_map_ptr + ids.to(tl.int64) * RECIPE.num_replicas + replicas, mask=is_slot, other=-1)
+
+
+@triton.jit
+def count_load(load_ptr, record_load_ptr, num_counted_ptr, ids, carries_work, rows, RECIPE: tl.constexpr):
+    """Add to each physical expert's load how many slots chose it."""
+    is_counted = carries_work & (ids < RECIPE.num_physical_experts)
+    if num_counted_ptr is not None:
+        is_counted = is_counted & (rows < tl.load(num_counted_ptr))[:, None]
+    if record_load_ptr is not None:
+        is_counted = is_counted & (tl.load(record_load_ptr) != 0)
+    tl.atomic_add(load_ptr + ids, 1, mask=is_counted, sem="relaxed")

@@ -33,8 +33,9 @@ from turnout.device.permute import (
     write_unused,
 )
 from turnout.device.routing import route_rows
+from turnout.device.scores import EXACT
 from turnout.routing import triton as routing
-from turnout.routing.inputs import RoutingTensors, refuse_further
+from turnout.routing.inputs import RoutingTensors
 from turnout.spec import RouterSpec
 from turnout.types import Permutation, Routing
 
@@ -79,10 +80,13 @@ def _permute_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "row_stride"])
 def _route_permute_kernel(
     logits_ptr,  # [T, E], rows row_stride apart
-    scale_ptr,
+    scale_ptr,  # the fields of RoutingTensors, in their order; absent ones are None
     is_padding_ptr,
     num_valid_ptr,
     expert_map_ptr,
+    bias_ptr,
+    input_ids_ptr,
+    given_ids_ptr,
     weights_ptr,  # [T, K]
     ids_ptr,  # [T, K]
     tokens_per_expert_ptr,
@@ -98,13 +102,7 @@ def _route_permute_kernel(
     block_schedule_ptr,
     num_tokens,
     row_stride,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    SCALING_FACTOR: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SENTINEL: tl.constexpr,
-    NUM_IDS: tl.constexpr,
+    RECIPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_LOGITS: tl.constexpr,
@@ -115,17 +113,17 @@ def _route_permute_kernel(
     """Grid: (1,). Route all rows, BLOCK_T at a time, then order their slots."""
     for start in range(0, num_tokens, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        route_rows(
-            logits_ptr, scale_ptr, is_padding_ptr, num_valid_ptr, expert_map_ptr, weights_ptr, ids_ptr, rows,
-            num_tokens, row_stride, NUM_EXPERTS, TOP_K, RENORMALIZE, SCALING_FACTOR, ROUNDING, SENTINEL, NUM_IDS,
-            BLOCK_T, BLOCK_LOGITS, BLOCK_K,
+        route_rows(  # no physical experts, and nothing to record
+            logits_ptr, scale_ptr, is_padding_ptr, num_valid_ptr, expert_map_ptr, bias_ptr, input_ids_ptr,
+            given_ids_ptr, None, None, None, None, None, None, weights_ptr, ids_ptr, rows, num_tokens, row_stride,
+            RECIPE, BLOCK_T, BLOCK_LOGITS, BLOCK_K,
         )  # fmt: skip
     tl.debug_barrier()  # ids and weights are read by other threads than wrote them
     permute_in_one_program(  # the ids are mapped
         ids_ptr, None, weights_ptr, tokens_per_expert_ptr, expert_offsets_ptr, permuted_idx_ptr,
         inv_permuted_idx_ptr, sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, bitmatrix_ptr,
-        permuted_weights_ptr, block_offsets_ptr, block_schedule_ptr, num_tokens, 0, NUM_IDS, TOP_K, BLOCK_SIZE,
-        BLOCK_S, BLOCK_E, BLOCK_K,
+        permuted_weights_ptr, block_offsets_ptr, block_schedule_ptr, num_tokens, 0, RECIPE.num_ids, RECIPE.top_k,
+        BLOCK_SIZE, BLOCK_S, BLOCK_E, BLOCK_K,
     )  # fmt: skip
 
 
@@ -284,7 +282,6 @@ def launch_routed(
     out: Routing,
 ) -> None:
     """Route, and write the structures: one launch for few slots, the routing's and two more for many."""
-    refuse_further("triton", spec, tensors)
     weights, ids, *structures = out
     num_ids = contract.num_ids(spec.num_experts)
     if router_logits.shape[0] * spec.top_k > MAX_SLOTS_OF_ONE_LAUNCH:
@@ -295,12 +292,12 @@ def launch_routed(
     num_tokens = router_logits.shape[0]
     tile, num_warps = tile_of_one_launch(num_tokens * spec.top_k)
     logits_tile = rows_of_one_launch(num_tokens, spec.num_experts, num_warps)
-    *constants, _, block_logits, block_k = routing.constants_of(router_logits.dtype, spec, contract, logits_tile)
-    constants += [contract.block_size or 1, logits_tile.rows, block_logits, tile, experts_of_tile(num_ids), block_k]
+    recipe, rows, block_logits, block_k = routing.constants_of(spec, contract, tensors, logits_tile)
+    constants = (recipe, contract.block_size or 1, rows, block_logits, tile, experts_of_tile(num_ids), block_k)
     with on_device_of(router_logits):
         launch_kernel(
-            _route_permute_kernel, (1, 1, 1), (router_logits, *tensors[:4], weights, ids, *structures),
-            (num_tokens, router_logits.stride(0)), tuple(constants), num_warps,
+            _route_permute_kernel, (1, 1, 1), (router_logits, *tensors[:7], weights, ids, *structures),
+            (num_tokens, router_logits.stride(0)), constants, num_warps, **EXACT,
         )  # fmt: skip
 
 
