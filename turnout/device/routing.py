@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from turnout.device.keys import NAN, TAKEN, column_of, key_value, ordered_key, with_column, without_column
-from turnout.device.rounding import narrowed, round_to, widened
-from turnout.device.scores import capped, scores, sigmoid, softmax_total, without_nan
+from turnout.device.rounding import narrowed, widened
+from turnout.device.scores import capped, row_max, scores, softmax_total, without_nan
 from turnout.device.selection import best_groups_alone, given_experts, largest_keys
-from turnout.device.softmax import tree_sum, unnormalized_softmax
+from turnout.device.weights import scaled, selected_scores, softmax_shares
 
 _KNUTH = tl.constexpr(2654435769)  # floor(2^32 / golden ratio): a multiplicative hash
 
@@ -84,7 +84,8 @@ def route_rows(
     values = capped(without_nan(logits), RECIPE)
     LOGITS: tl.constexpr = logits_ptr.dtype.element_ty
     SCORES: tl.constexpr = LOGITS if RECIPE.rounds_scores else tl.float32
-    best, total = 0.0, 1.0
+    IS_GROUPED: tl.constexpr = RECIPE.topk_group < RECIPE.num_expert_group
+    best, total = 0.0, 1.0  # of the softmax, where scores are probabilities
     if RECIPE.scoring_func == "softmax" and not RECIPE.weighs_by_shares:
         best = row_max(values, is_expert)
         total = softmax_total(values, best, is_expert, RECIPE.top_k, BLOCK_T, BLOCK_E)
@@ -96,7 +97,7 @@ def route_rows(
         if RECIPE.ranks_scores:
             ranked = with_bias(scores(values, best, total, RECIPE, SCORES), bias_ptr, columns, is_expert)
             keys = tl.where(keys == NAN, NAN, ordered_key(ranked))
-        if RECIPE.topk_group < RECIPE.num_expert_group:
+        if IS_GROUPED:
             keys = best_groups_alone(keys, columns, RECIPE, BLOCK_E)
         if UNIQUE:
             keys = with_column(keys, columns)
@@ -108,41 +109,58 @@ def route_rows(
             first = without_column(first)
     slots = tl.arange(0, BLOCK_K)[None, :]
     is_slot = slots < RECIPE.top_k
-    is_written = is_row[:, None] & is_slot
-    carries_work = is_written
+    carries_work = is_row[:, None] & is_slot
     if given_ids_ptr is not None:
         topk_ids, carries_work = given_experts(given_ids_ptr, input_ids_ptr, rows, is_row, slots, RECIPE)
 
-    KEYS_ARE_OF_LOGITS: tl.constexpr = given_ids_ptr is None and not (
-        RECIPE.ranks_scores or RECIPE.topk_group < RECIPE.num_expert_group
-    )
-    if KEYS_ARE_OF_LOGITS:
+    if given_ids_ptr is None and not (RECIPE.ranks_scores or IS_GROUPED):  # the keys are those of the logits
         selected = capped(key_value(topk_keys), RECIPE)
+        best_of_shares = capped(key_value(first), RECIPE)
     else:
         selected_ptrs = logits_ptr + rows[:, None] * row_stride + topk_ids
-        selected = capped(without_nan(widened(tl.load(selected_ptrs, mask=is_written, other=0.0))), RECIPE)
+        selected = widened(tl.load(selected_ptrs, mask=is_row[:, None] & is_slot, other=0.0))
+        selected = capped(without_nan(selected), RECIPE)
+        best_of_shares = row_max(selected, is_slot) if RECIPE.shares_among_selected else row_max(values, is_expert)
     if RECIPE.weighs_by_shares:
-        if KEYS_ARE_OF_LOGITS:
-            best = capped(key_value(first), RECIPE)
-        elif RECIPE.shares_among_selected:
-            best = row_max(selected, is_slot)
-        else:
-            best = row_max(values, is_expert)
-        weights = softmax_shares(selected, values, best, is_slot, is_expert, RECIPE, BLOCK_T, BLOCK_E, BLOCK_K)
-    elif RECIPE.selected_score == "sigmoid":
-        weights = sigmoid(selected)
+        weights = softmax_shares(
+            selected, values, best_of_shares, is_slot, is_expert, RECIPE, BLOCK_T, BLOCK_E, BLOCK_K
+        )  # fmt: skip
     else:
-        weights = scores(selected, best, total, RECIPE, SCORES)
-    if RECIPE.renormalize and not RECIPE.weighs_by_shares:
-        weights = normalized(tl.where(is_slot, weights, 0.0), RECIPE, BLOCK_T, BLOCK_K)
-    if scale_ptr is not None:
-        weights = weights * widened(tl.load(scale_ptr + topk_ids, mask=is_slot, other=0.0))
-    weights = weights * RECIPE.routed_scaling_factor
-    if RECIPE.divide_by_top_k:
-        weights = tl.div_rn(weights, 1.0 * RECIPE.top_k)
-    weights = round_to(weights, LOGITS if RECIPE.rounds_weights else tl.float32)
+        weights = selected_scores(selected, best, total, is_slot, RECIPE, SCORES, BLOCK_T, BLOCK_K)
+    weights = scaled(weights, scale_ptr, topk_ids, is_slot, RECIPE, LOGITS)
+    write_routing(
+        weights, topk_ids, carries_work, is_padding_ptr, num_valid_ptr, expert_map_ptr, given_ids_ptr,
+        physical_map_ptr, replica_count_ptr, record_load_ptr, num_counted_ptr, load_ptr, replay_ptr, weights_ptr,
+        ids_ptr, rows, is_row, slots, is_slot, RECIPE,
+    )  # fmt: skip
 
+
+@triton.jit
+def write_routing(
+    weights,
+    topk_ids,  # logical
+    carries_work,
+    is_padding_ptr,
+    num_valid_ptr,
+    expert_map_ptr,
+    given_ids_ptr,
+    physical_map_ptr,
+    replica_count_ptr,
+    record_load_ptr,
+    num_counted_ptr,
+    load_ptr,
+    replay_ptr,
+    weights_ptr,
+    ids_ptr,
+    rows,
+    is_row,
+    slots,
+    is_slot,
+    RECIPE: tl.constexpr,
+):
+    """Map ids as the consumer counts them, mark slots that carry no work, count the load, and store."""
     positions = rows[:, None] * RECIPE.top_k + slots
+    is_written = is_row[:, None] & is_slot
     if is_padding_ptr is not None:
         carries_work = carries_work & (tl.load(is_padding_ptr + rows, mask=is_row, other=1) == 0)[:, None]
     if num_valid_ptr is not None:
@@ -168,12 +186,6 @@ def route_rows(
 
 
 @triton.jit
-def row_max(values, is_valid):
-    """The largest of each row's valid values: [ROWS, 1]."""
-    return tl.max(tl.where(is_valid, values, float("-inf")), axis=1)[:, None]
-
-
-@triton.jit
 def with_bias(values, bias_ptr, columns, is_expert):
     """Values [BLOCK_T, BLOCK_E] plus those of a vector [E], if there is one."""
     if bias_ptr is not None:
@@ -181,38 +193,6 @@ def with_bias(values, bias_ptr, columns, is_expert):
         bias_ptrs = tl.max_contiguous(tl.broadcast_to(bias_ptr + columns, values.shape), [1, 1])
         values = values + widened(tl.load(bias_ptrs, mask=is_expert, other=0.0))
     return values
-
-
-@triton.jit
-def softmax_shares(
-    selected,
-    values,
-    best,
-    is_slot,
-    is_expert,
-    RECIPE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The softmax of the selected values among themselves, or among all."""
-    mass = tl.where(is_slot, unnormalized_softmax(selected, best), 0.0)
-    if RECIPE.shares_among_selected:
-        total = tree_sum(mass, BLOCK_T, BLOCK_K)
-    else:
-        everyone = unnormalized_softmax(values, best)
-        total = tree_sum(tl.where(is_expert, everyone, 0.0), BLOCK_T, BLOCK_E)
-        total = tl.where(best == float("-inf"), RECIPE.top_k, total)  # nothing but -inf: K equal shares
-    return tl.div_rn(mass, tl.broadcast_to(total, [BLOCK_T, BLOCK_K]))
-
-
-@triton.jit
-def normalized(weights, RECIPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights divided by their sum; where nothing has any weight, all K share equally."""
-    total = tree_sum(weights, BLOCK_T, BLOCK_K) + RECIPE.renormalize_eps
-    total = tl.maximum(total, RECIPE.renormalize_min)
-    total = tl.broadcast_to(total, [BLOCK_T, BLOCK_K])
-    return tl.where(total == 0.0, 1.0 / RECIPE.top_k, tl.div_rn(weights, tl.where(total == 0.0, 1.0, total)))
 
 
 @triton.jit

@@ -81,6 +81,12 @@ def tanh(x):
 
 
 @triton.jit
+def row_max(values, is_valid):
+    """The largest of each row's valid values: [ROWS, 1]."""
+    return tl.max(tl.where(is_valid, values, float("-inf")), axis=1)[:, None]
+
+
+@triton.jit
 def softmax_mass(values, best):
     """What a softmax divides by its total."""
     return tl.where(values == best, 1.0, exp(values - best))
