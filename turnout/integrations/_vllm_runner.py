@@ -1,0 +1,141 @@
+"""The hook: a subclass of vLLM's ``MoERunner``, registered in its place, that binds turnout to each layer.
+
+vLLM has this registry for layers that others replace (``PluggableLayer.register_oot``), alike in 0.26 to 0.32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import weakref
+from typing import Any, NamedTuple
+
+from turnout.integrations._vllm_layer import RoutedLayer
+from turnout.integrations._vllm_modes import configured_mode
+from turnout.integrations._vllm_report import log_summary
+
+FUSED_MOE = "vllm.model_executor.layers.fused_moe."
+NAME = "MoERunner"
+# What turnout calls, overrides or reads: parameters by their order or by name, and attributes.
+_SIGNATURES = {
+    ("runner.moe_runner", "MoERunner.__init__"): ("layer_name", "moe_config", "router", "routed_experts"),
+    ("runner.moe_runner", "MoERunner._apply_quant_method"): ("hidden_states", "router_logits"),
+    ("router.base_router", "BaseRouter._select_experts"): (
+        "hidden_states", "router_logits", "topk_indices_dtype", "input_ids",
+    ),
+    ("router.base_router", "BaseRouter._compute_routing"): (
+        "hidden_states", "router_logits", "indices_type", "input_ids",
+    ),
+    ("router.base_router", "BaseRouter._apply_eplb_mapping"): ("topk_ids",),
+    ("router.base_router", "BaseRouter._validate_eplb_state"): (),
+    ("router.base_router", "BaseRouter.set_capture_fn"): ("capture_fn",),
+    ("routed_experts", "RoutedExperts.forward_modular"): ("x", "topk_weights", "topk_ids"),
+    ("routed_experts", "RoutedExperts.forward_monolithic"): ("x", "router_logits"),
+}  # fmt: skip
+
+_layers: list[weakref.ref[RoutedLayer]] = []
+
+
+class Signature(NamedTuple):
+    """A function of vLLM that the plugin builds on; ``found`` is None where there is none of that name."""
+
+    name: str
+    wanted: tuple[str, ...]
+    found: tuple[str, ...] | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it starts with the parameters wanted."""
+        return self.found is not None and self.found[: len(self.wanted)] == self.wanted
+
+    def __str__(self) -> str:
+        found = "not there" if self.found is None else f"({', '.join(self.found)})"
+        return f"{self.name}: wanted ({', '.join(self.wanted)}, ...), found {found}"
+
+
+def signatures() -> list[Signature]:
+    """What the plugin builds on, as it is in the vLLM installed.
+
+    Raises:
+        ImportError: no vLLM is installed.
+    """
+    importlib.import_module("vllm")
+    return [
+        Signature(f"{module}.{name}", wanted, _parameters(module, name))
+        for (module, name), wanted in _SIGNATURES.items()
+    ]
+
+
+def _parameters(module: str, name: str) -> tuple[str, ...] | None:
+    try:
+        value: Any = importlib.import_module(FUSED_MOE + module)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ModuleNotFoundError, AttributeError):
+        return None
+    return tuple(inspect.signature(value).parameters)[1:]
+
+
+def is_registered() -> bool:
+    """Whether the runner of this module is the one that vLLM makes."""
+    kind = _registry().get(NAME)
+    return kind is not None and getattr(kind, "is_turnout", False)
+
+
+def occupant() -> type | None:
+    """The class that another tool has registered in place of vLLM's runner."""
+    kind = _registry().get(NAME)
+    return None if kind is None or getattr(kind, "is_turnout", False) else kind
+
+
+def _registry() -> dict[str, type]:
+    registry: dict[str, type] = importlib.import_module("vllm.model_executor.custom_op").op_registry_oot
+    return registry
+
+
+def register_runner() -> None:
+    """Let vLLM make the runner of this module."""
+    runner = importlib.import_module(FUSED_MOE + "runner.moe_runner").MoERunner
+    runner.register_oot(name=NAME)(_runner_class(runner))
+
+
+def _runner_class(stock: Any) -> type:
+    class TurnoutMoERunner(stock):  # type: ignore[misc]
+        """vLLM's runner, with turnout bound to its router. `explain` of `turnout.integrations.vllm` lists them."""
+
+        is_turnout = True
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.turnout = bind(self)
+
+    return TurnoutMoERunner
+
+
+def bind(runner: Any) -> RoutedLayer:
+    """Bind turnout to a runner of vLLM, in the mode of vLLM's configuration.
+
+    Raises:
+        ValueError: the mode configured is none.
+    """
+    from vllm.config import get_current_vllm_config
+
+    layer = RoutedLayer(runner, configured_mode(get_current_vllm_config().additional_config), summarise)
+    layer.install()
+    _layers.append(weakref.ref(layer))
+    return layer
+
+
+def layers() -> list[RoutedLayer]:
+    """The layers of this process that turnout is bound to, in the order of their making."""
+    _layers[:] = [reference for reference in _layers if reference() is not None]
+    return [layer for layer in (reference() for reference in _layers) if layer is not None]
+
+
+def summarise() -> None:
+    """Say once what was decided, when the last layer has been."""
+    present = layers()
+    if all(layer.plan is not None for layer in present) and not all(layer.reported for layer in present):
+        for layer in present:
+            layer.reported = True
+        log_summary(present)
