@@ -134,6 +134,57 @@ def transformers_command(
     Console(width=100).print(table(rows))
 
 
+@bench_app.command("scenarios")
+def scenarios_command(
+    json: Annotated[Path, typer.Option(help="File that the result is written to, scenario by scenario.")],
+    engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
+    model: Annotated[
+        str,
+        typer.Option(help="tiny, gemma4-4-layers, gemma4-30-layers, gemma4-26b (vLLM alone), or a folder."),
+    ] = "tiny",
+    device: Annotated[str, typer.Option(help="auto (the accelerator, else the CPU), cpu, cuda.")] = "auto",
+    consumer: Annotated[
+        str, typer.Option(help="own: the engine's experts; int64: as vllm-xpu-kernels before v0.1.8, emulated.")
+    ] = "own",
+    layer: Annotated[bool, typer.Option("--layer", help="Also the plugin's mode 'layer'.")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Without CUDA graphs.")] = False,
+    requests: Annotated[str, typer.Option(help="Requests at a time, with commas.")] = "1,16",
+    prefill: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 64,
+    decode: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Of each variant, in turns.")] = 20,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; left out, 1 for the small models with names.")
+    ] = None,
+) -> None:
+    """Prefill and decode in vLLM or transformers: stock and turnout in turns, in the columns of vLLM's PR 40565."""
+    from rich.console import Console
+
+    from turnout.bench.scenario_bench import run
+    from turnout.bench.scenario_result import Result, Settings
+
+    def write(result: Result) -> None:
+        json.write_text(json_module.dumps(result.to_json(), indent=1) + "\n")
+
+    try:
+        settings = Settings(
+            engine=engine,
+            model=model,
+            device=device,
+            consumer=consumer,
+            layer=layer,
+            eager=eager,
+            requests=_numbers("--requests", requests),
+            prefill=prefill,
+            decode=decode,
+            rounds=rounds,
+            threads=threads,
+        )
+        result = run(settings, lambda step: typer.echo(step, err=True), write)
+    except ValueError as error:
+        _refuse(str(error), error)
+    result.show(Console(width=130))
+
+
 @bench_app.command("layer")
 def layer_command(
     json: Annotated[Path, typer.Option(help="File that the result is written to, row by row.")],

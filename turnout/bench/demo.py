@@ -37,7 +37,7 @@ class Demo:
         stock: the model as transformers loads it.
         turnout: the same parameters, with turnout applied.
         tokenizer: None if the checkpoint has none.
-        prompts: [16, P] int64 on the device.
+        prompts: [R, P] int64 on the device.
     """
 
     settings: Settings
@@ -48,8 +48,12 @@ class Demo:
     prompts: torch.Tensor
 
 
-def open_demo(settings: Settings) -> Demo:
+def open_demo(settings: Settings, *, requests: int = max(REQUESTS)) -> Demo:
     """Load the model and cut the prompts; sets torch's number of threads.
+
+    Args:
+        settings: what was asked for.
+        requests: number of prompts.
 
     Raises:
         ValueError: a setting that cannot be honoured: no such model, device or dtype, or prompts too long.
@@ -71,7 +75,7 @@ def open_demo(settings: Settings) -> Demo:
     prompts = make_prompts(
         tokenizer,
         held_out_text(),
-        requests=max(REQUESTS),
+        requests=requests,
         tokens=settings.prefill,
         vocab_size=config.vocab_size,
     )

@@ -208,7 +208,7 @@ class Result:
             "prompts": self.prompts,
             "bits_per_byte_characters": BITS_PER_BYTE_CHARACTERS,
             "consumers": {phase: dataclasses.asdict(each) for phase, each in self.consumers.items()},
-            "rows": [_row_json(row, self.bits_per_byte[row.variant]) for row in self.rows],
+            "rows": [{**row.to_json(), "bits_per_byte": self.bits_per_byte[row.variant]} for row in self.rows],
             "comparisons": [
                 {
                     "phase": comparison.scenario.phase,
@@ -222,16 +222,3 @@ class Result:
             "float32": dataclasses.asdict(self.identity),
             "verdict": self.verdict,
         }
-
-
-def _row_json(row: Row, bits_per_byte: float | None) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(row.scenario),
-        "variant": row.variant,
-        **row.counts._asdict(),
-        "seconds": row.seconds,
-        "tokens_per_second": row.tokens_per_second,
-        "tpot_ms": row.median_seconds * 1e3 if row.scenario.phase == "decode" else None,
-        "quartiles_ms": [seconds * 1e3 for seconds in row.quartile_seconds],
-        "bits_per_byte": bits_per_byte,
-    }

@@ -25,6 +25,9 @@ class Kernel(NamedTuple):
 _GRAPH_LAUNCH = re.compile("(cuda|hip)GraphLaunch")
 
 
+_INTEGER_WORDS = {"signed", "unsigned", "char", "short", "int", "long"}  # the profiler names dtypes as C++ does
+
+
 class Counts(NamedTuple):
     """Copies and launches of one call.
 
@@ -76,16 +79,61 @@ def kernels(call: Callable[[int], object], device: torch.device, calls: int = 4)
     return [Kernel(name, len(times) / calls, sum(times) / calls) for name, times in found.items()]
 
 
+def ids_casts(call: Callable[[], object], device: torch.device, shape: tuple[int, int]) -> int:
+    """How many tensors of ids a call converts from one integer dtype to another; warm it up before.
+
+    Args:
+        call: what to count; what a device graph replays is not seen.
+        device: where it computes.
+        shape: of the ids, [T, K]: other integers are not counted.
+    """
+    profile = _profiled(call, device, record_shapes=True)
+    copies = [event for event in profile.profiler.kineto_results.events() if event.name() == "aten::copy_"]
+    return sum(_converts_integers(event.dtypes()[:2]) and event.shapes()[0] == list(shape) for event in copies)
+
+
+def copies_inside(call: Callable[[], object], device: torch.device, module: torch.nn.Module) -> int:
+    """Calls of ``aten::copy_`` from a module's start to its end; warm the call up before."""
+    name = "turnout: inside a module"
+    entered: list[Any] = []
+
+    def enter(*_: object) -> None:
+        entered.append(torch.profiler.record_function(name).__enter__())
+
+    def leave(*_: object) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        events = _events(call, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    spans = [event.time_range for event in events if event.name == name and event.device_type.name == "CPU"]
+    starts = [event.time_range.start for event in events if event.name == "aten::copy_"]
+    return sum(any(span.start <= start <= span.end for span in spans) for start in starts)
+
+
+def _converts_integers(dtypes: list[str]) -> bool:
+    return dtypes[0] != dtypes[1] and all(set(dtype.split()) <= _INTEGER_WORDS for dtype in dtypes)
+
+
 def _events(call: Callable[[], object], device: torch.device) -> list[Any]:
-    profile = torch.profiler.profile(activities=profiler_activities(device.type))
+    return list(_profiled(call, device).events() or ())
+
+
+def _profiled(call: Callable[[], object], device: torch.device, *, record_shapes: bool = False) -> Any:
+    profile = torch.profiler.profile(activities=profiler_activities(device.type), record_shapes=record_shapes)
     with _no_kineto_log():
         profile.start()
-    call()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    with _no_kineto_log():
-        profile.stop()
-    return list(profile.events() or ())
+    try:
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    finally:
+        with _no_kineto_log():
+            profile.stop()
+    return profile
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ asks of the device and times the variants in alternation, so that drift of the m
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -97,6 +98,18 @@ class Row:
     def tokens_per_second(self) -> float:
         """Throughput at the median."""
         return self.scenario.tokens / self.median_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON values: what ran, the counts, the times and what follows from them."""
+        return {
+            **dataclasses.asdict(self.scenario),
+            "variant": self.variant,
+            **self.counts._asdict(),
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "tpot_ms": self.median_seconds * 1e3 if self.scenario.phase == "decode" else None,
+            "quartiles_ms": [seconds * 1e3 for seconds in self.quartile_seconds],
+        }
 
 
 @torch.no_grad()

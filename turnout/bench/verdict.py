@@ -25,6 +25,12 @@ class Change(NamedTuple):
         lower, upper = self.interval
         return "shorter" if upper < 0 else "longer" if lower > 0 else "level"
 
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.median:+.1%}"
+        lower, upper = self.interval
+        return f"{self.median:+.1%} ({lower:+.1%} to {upper:+.1%})"
+
 
 class Comparison(NamedTuple):
     """Time of one forward with turnout, relative to stock: -0.1 is 10% less."""
@@ -38,13 +44,18 @@ class Comparison(NamedTuple):
 def compare(rows: Iterable[Row]) -> list[Comparison]:
     """The fastest turnout variant against the fastest stock variant, in each scenario."""
     comparisons = []
-    for scenario, group in groupby(rows, key=lambda row: row.scenario):
+    for _, group in groupby(rows, key=lambda row: row.scenario):
         variants = list(group)
         stock, turnout = (_fastest(variants, name) for name in ("stock", "turnout"))
-        pairs = zip(stock.seconds, turnout.seconds, strict=True)
-        change = change_of([after / before - 1 for before, after in pairs])
-        comparisons.append(Comparison(scenario, stock.variant, turnout.variant, change))
+        comparisons.append(compare_rows(stock, turnout))
     return comparisons
+
+
+def compare_rows(stock: Row, turnout: Row) -> Comparison:
+    """Two variants in one scenario, round by round."""
+    pairs = zip(stock.seconds, turnout.seconds, strict=True)
+    change = change_of([after / before - 1 for before, after in pairs])
+    return Comparison(stock.scenario, stock.variant, turnout.variant, change)
 
 
 def change_of(differences: Sequence[float]) -> Change:
@@ -103,14 +114,7 @@ def _range(shares: Iterable[float]) -> str:
 
 
 def _listed(comparisons: Iterable[Comparison]) -> str:
-    return ", ".join(f"{_label(comparison)} {_percent(comparison.time)}" for comparison in comparisons)
-
-
-def _percent(change: Change) -> str:
-    if change.interval is None:
-        return f"{change.median:+.1%}"
-    lower, upper = change.interval
-    return f"{change.median:+.1%} ({lower:+.1%} to {upper:+.1%})"
+    return ", ".join(f"{_label(comparison)} {comparison.time}" for comparison in comparisons)
 
 
 def _label(comparison: Comparison) -> str:
