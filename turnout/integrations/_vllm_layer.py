@@ -58,7 +58,7 @@ class RoutedLayer:
         self.router = runner.router
         self.experts = runner.routed_experts
         self.mode = mode
-        self.plan: Plan | None = None
+        self.plan: Any = None  # a Plan, once one is made
         self.reported = False
         self._decided = decided
         self._stock_select: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.router._select_experts
@@ -85,9 +85,8 @@ class RoutedLayer:
         """In place of ``BaseRouter._select_experts``: weights and ids, in the form that the consumer reads."""
         if (modes.forced or self.mode) == "off":
             return self._stock_select(hidden_states, router_logits, topk_indices_dtype, input_ids=input_ids)
-        plan, kernel = self.plan, self.experts.quant_method.moe_kernel
-        if plan is None or plan.asked is not topk_indices_dtype or plan.kernel is not kernel:
-            plan = self.decide(router_logits.shape[-1], topk_indices_dtype)
+        self.decide(router_logits.shape[-1], topk_indices_dtype)
+        plan = self.plan
         if plan.select is None:
             return self._stock_select(hidden_states, router_logits, topk_indices_dtype, input_ids=input_ids)
         if self.router.eplb_state is not None:
@@ -117,13 +116,14 @@ class RoutedLayer:
         return self._stock_monolithic(*args, **kwargs)
 
     @torch.compiler.assume_constant_result
-    def decide(self, num_columns: int, asked: torch.dtype | None) -> Plan:
-        """Decide what runs, now that the kernel of the experts exists."""
-        kernel = self.experts.quant_method.moe_kernel
+    def decide(self, num_columns: int, asked: torch.dtype | None) -> None:
+        """Decide what runs, once for a kernel of the experts; before the first forward pass there is none."""
+        plan, kernel = self.plan, self.experts.quant_method.moe_kernel
+        if plan is not None and plan.asked is asked and plan.kernel is kernel:
+            return
         plan = self._plan(num_columns, consumer_of(kernel, asked))
         self.plan = dataclasses.replace(plan, asked=asked, kernel=kernel)
         self._decided()
-        return self.plan
 
     def _plan(self, num_columns: int, consumer: Consumer) -> Plan:
         router, contract = self.router, consumer.contract
@@ -170,10 +170,13 @@ class RoutedLayer:
         def select_experts(
             hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            plan = self.plan or self.decide(router_logits.shape[-1], None)
-            if plan.select is None or (modes.forced or self.mode) == "off":
+            if (modes.forced or self.mode) == "off":
                 return stock(hidden_states, router_logits, *args, **kwargs)  # type: ignore[no-any-return]
-            return plan.select(hidden_states, router_logits, None)
+            self.decide(router_logits.shape[-1], None)
+            select = self.plan.select
+            if select is None:
+                return stock(hidden_states, router_logits, *args, **kwargs)  # type: ignore[no-any-return]
+            return select(hidden_states, router_logits, None)
 
         return select_experts
 

@@ -10,6 +10,7 @@ import inspect
 import weakref
 from typing import Any, NamedTuple
 
+from turnout._version import __version__
 from turnout.integrations._vllm_layer import RoutedLayer
 from turnout.integrations._vllm_modes import configured_mode
 from turnout.integrations._vllm_report import log_summary
@@ -120,7 +121,11 @@ def bind(runner: Any) -> RoutedLayer:
     """
     from vllm.config import get_current_vllm_config
 
-    layer = RoutedLayer(runner, configured_mode(get_current_vllm_config().additional_config), summarise)
+    config = get_current_vllm_config()
+    mode = configured_mode(config.additional_config)
+    if isinstance(config.additional_config, dict):  # part of the name under which vLLM keeps compiled models
+        config.additional_config.update(turnout=mode, turnout_version=__version__)
+    layer = RoutedLayer(runner, mode, summarise)
     layer.install()
     _layers.append(weakref.ref(layer))
     return layer
