@@ -5,9 +5,6 @@ import importlib.util
 import io
 import json
 import math
-import os
-import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,21 +12,15 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from turnout.bench import scenario_models
 from turnout.bench.balance import balance_of
 from turnout.bench.profile import Counts, Kernel, copies_inside, ids_casts
 from turnout.bench.scenario_result import Further, Result, Settings
 from turnout.bench.scenarios import Row, Scenario
 from turnout.bench.vllm_check import Replay
-from turnout.bench.vllm_consumer import CONSUMER, declare, emulate_int64_consumer
-from turnout.bench.vllm_engine import ENVIRONMENT, Load, engine_options, modes_of, prepare_environment
-from turnout.bench.vllm_graphs import capture_graphs, replay_graphs
+from turnout.bench.vllm_engine import ENVIRONMENT
 from turnout.cli import app
-from turnout.contracts import contracts
 
 CPU = torch.device("cpu")
-CUDA = torch.device("cuda")
-LOAD = Load(requests=(1, 16), prompt_tokens=128, decode_steps=8)
 
 
 # Settings and refusals
@@ -195,105 +186,6 @@ def test_other_weights_stop_it():
     replay.add(0, LOGITS, STOCK, (STOCK[0] + 1e-4, STOCK[1]))
     with pytest.raises(RuntimeError, match="turnout's weights are not vLLM's"):
         replay.check()
-
-
-# vLLM's options, the emulated consumer and the sets of graphs
-
-
-def test_options_of_vllm_follow_device_and_weights(tmp_path):
-    drawn, bare = (scenario_models.Checkpoint(tmp_path, has_weights=has) for has in (True, False))
-    eager = engine_options(drawn, CPU, LOAD, is_eager=True)
-    assert (eager["load_format"], eager["enforce_eager"], eager["max_num_seqs"]) == ("auto", True, 16)
-    assert eager["max_num_batched_tokens"] >= 16 * 128
-    assert not {"attention_backend", "compilation_config"} & set(eager)
-    graphs = engine_options(bare, CUDA, LOAD, is_eager=False)
-    assert (graphs["load_format"], graphs["attention_backend"]) == ("dummy", "TRITON_ATTN")
-    assert graphs["compilation_config"] == {"cudagraph_capture_sizes": [1, 16]}
-
-
-def test_the_environment_keeps_what_is_set(monkeypatch):
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    prepare_environment()
-    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
-    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-
-
-def test_modes_follow_the_consumer():
-    assert list(modes_of("own", layer=False)) == ["stock", "turnout"]
-    assert list(modes_of("own", layer=True)) == ["stock", "turnout", "turnout layer"]
-    modes = modes_of("int64", layer=False)
-    assert [(name, mode.plugin, mode.is_declared) for name, mode in modes.items()] == [
-        ("stock", "off", False), ("turnout int32", "routing", False), ("turnout", "routing", True)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("device", "handed_on"), [(CPU, torch.int32), (CUDA, torch.int64)])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_emulated_consumer_casts_what_is_not_int64_once(dtype, device, handed_on):
-    def experts(*, topk_ids, x):
-        assert topk_ids.dtype == handed_on
-        assert topk_ids.is_contiguous()
-        return topk_ids.tolist(), x
-
-    layer = SimpleNamespace(routed_experts=SimpleNamespace(forward_modular=experts))
-    emulate_int64_consumer([layer], device)
-    ids = torch.tensor([[5, 0, 2], [1, 7, 3]], dtype=dtype)
-    assert layer.routed_experts.forward_modular(topk_ids=ids, x=1) == (ids.tolist(), 1)
-    casts = ids_casts(lambda: layer.routed_experts.forward_modular(topk_ids=ids, x=1), CPU, (2, 3))
-    assert casts == (dtype == torch.int32)
-
-
-def test_dispatchers_declare_what_the_catalogue_says_of_the_consumer():
-    assert contracts[CONSUMER].ids_dtype == torch.int64
-    dispatcher = SimpleNamespace(topk_indices_dtype=lambda: None)
-    kernel = SimpleNamespace(prepare_finalize=dispatcher)
-    layer = SimpleNamespace(routed_experts=SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=kernel)))
-    for is_declared, dtype in ((True, torch.int64), (False, None)):
-        declare([layer], is_declared)
-        assert dispatcher.topk_indices_dtype() == dtype
-
-
-class FakeRunner:
-    """Captures as vLLM's model runner does: each wrapper and the manager take an entry for each size."""
-
-    def __init__(self, monkeypatch):
-        self.wrappers = [SimpleNamespace(concrete_cudagraph_entries={"first": 0}) for _ in range(2)]
-        self.cudagraph_manager = SimpleNamespace(graphs={})
-        self.captures, self.sizes = 0, (1, 16)
-        module = ModuleType("vllm.compilation.cuda_graph")
-        module.CUDAGraphWrapper = SimpleNamespace(_all_instances=self.wrappers)
-        monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-        monkeypatch.setitem(sys.modules, "vllm.compilation", ModuleType("vllm.compilation"))
-        monkeypatch.setitem(sys.modules, "vllm.compilation.cuda_graph", module)
-
-    @property
-    def stores(self):
-        return [*(wrapper.concrete_cudagraph_entries for wrapper in self.wrappers), self.cudagraph_manager.graphs]
-
-    def capture_model(self):
-        self.captures += 1
-        for store in self.stores:
-            assert not store
-            store.update({size: f"graph {self.captures} of {size}" for size in self.sizes})
-
-
-def test_sets_of_graphs_change_places(monkeypatch):
-    runner = FakeRunner(monkeypatch)
-    first, second = capture_graphs(runner), capture_graphs(runner)
-    assert first.number == second.number == 6
-    replay_graphs(first)
-    assert all(store == {1: "graph 1 of 1", 16: "graph 1 of 16"} for store in runner.stores)
-    replay_graphs(second)
-    assert all(store == {1: "graph 2 of 1", 16: "graph 2 of 16"} for store in runner.stores)
-
-
-def test_no_graphs_are_refused(monkeypatch):
-    runner = FakeRunner(monkeypatch)
-    runner.sizes = ()
-    with pytest.raises(RuntimeError, match="vLLM captured no CUDA graph"):
-        capture_graphs(runner)
 
 
 # What is printed and recorded
