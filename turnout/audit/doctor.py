@@ -1,4 +1,4 @@
-"""``turnout doctor``: what is here, what turnout would change in a model, and what that gains on this machine."""
+"""``turnout doctor``: what is here, what turnout would change in a model and in vLLM, and what that gains here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from turnout.audit.build import environment
 from turnout.audit.decoder import Steps
 from turnout.audit.models import load
 from turnout.audit.report import AuditReport
+from turnout.integrations._vllm_doctor import PluginDiagnosis
 from turnout.machine import version
 
 _PACKAGES = ("triton", "transformers", "vllm", "numba")
@@ -84,7 +85,7 @@ def examine(name: str | None) -> Diagnosis:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = "cpu" if accelerator is None else accelerator.type
-    here = {**environment(device), **{package: version(package) or "not installed" for package in _PACKAGES}}
+    here = {**environment(device), **{package: _version(package) for package in _PACKAGES}}
     if name is None:
         return Diagnosis(here, "", "", None, "Pass --model to see what would change in one.")
     model = load(name, dtype=torch.bfloat16, device=device)
@@ -99,6 +100,25 @@ def examine(name: str | None) -> Diagnosis:
     effect = _measure(model)
     verdict = f"turnout.apply replaces {routers} routers and {experts} experts of {len(layers)} layers: {effect.gain}."
     return Diagnosis(here, name, str(layers), effect, verdict)
+
+
+def show_plugin(plugin: PluginDiagnosis | None, console: Console | None = None) -> None:
+    """Print what there is to say of the plugin in vLLM.
+
+    Args:
+        plugin: what `examine_plugin` returned.
+        console: where to; standard output unless given.
+    """
+    console = console or Console()
+    if plugin is None:
+        console.print(Text("vLLM is not installed here; turnout would be its plugin."))
+        return
+    table = Table(title="The plugin in vLLM", title_justify="left", show_header=False, show_lines=True)
+    for key, value in plugin.found.items():
+        table.add_row(key, Text(value))
+    console.print(table)
+    for problem in plugin.problems:
+        console.print(Text(f"The plugin does not work: {problem}", style="bold"))
 
 
 def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
@@ -125,6 +145,11 @@ def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
         changes.add_row("milliseconds", *(f"{ms:.2f}" for ms in effect.step_ms))
         console.print(changes)
     console.print(Text(diagnosis.verdict, style="bold"))
+
+
+def _version(package: str) -> str:
+    """Of the package, or of its build for CPUs, which has a name of its own in vLLM's case."""
+    return version(package) or version(f"{package}-cpu") or "not installed"
 
 
 def _measure(model: torch.nn.Module) -> Effect:

@@ -173,7 +173,7 @@ class RoutedLayer:
             if (modes.forced or self.mode) == "off":
                 return stock(hidden_states, router_logits, *args, **kwargs)  # type: ignore[no-any-return]
             self.decide(router_logits.shape[-1], None)
-            select = self.plan.select
+            select: Select | None = self.plan.select
             if select is None:
                 return stock(hidden_states, router_logits, *args, **kwargs)  # type: ignore[no-any-return]
             return select(hidden_states, router_logits, None)
