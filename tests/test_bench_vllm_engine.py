@@ -12,14 +12,22 @@ from turnout.bench.profile import ids_casts
 from turnout.bench.scenario_models import Checkpoint
 from turnout.bench.scenarios import Scenario
 from turnout.bench.vllm_consumer import CONSUMER, declare, emulate_int64_consumer
-from turnout.bench.vllm_engine import ENVIRONMENT, Load, VllmEngine, engine_options, modes_of, prepare_environment
+from turnout.bench.vllm_engine import (
+    ENVIRONMENT,
+    SLACK,
+    Load,
+    VllmEngine,
+    engine_options,
+    modes_of,
+    prepare_environment,
+)
 from turnout.bench.vllm_graphs import capture_graphs, replay_graphs
 from turnout.contracts import contracts
 from turnout.integrations import _vllm_modes as vllm_modes
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
-LOAD = Load(requests=(1, 16), prompt_tokens=128, decode_steps=8)
+LOAD = Load(requests=(1, 16), prompt_tokens=128)
 
 
 def test_options_of_vllm_follow_device_and_weights(tmp_path):
@@ -169,16 +177,21 @@ def test_each_variant_replays_graphs_that_were_captured_in_its_mode(fake_llm):
     ]  # fmt: skip
 
 
-def test_a_decode_is_timed_after_the_first_tokens_and_before_the_last(fake_llm):
+def test_a_decode_goes_on_from_variant_to_variant_and_no_request_ends_while_it_is_timed(fake_llm):
     engine = VllmEngine(fake_llm, modes_of("own", layer=False), torch.ones(2, 8, dtype=torch.int64))
-    runner = engine.runner("stock", Scenario(phase="decode", requests=2, prompt_tokens=8, forwards=4))
-    for _ in range(2):
-        runner.prepare()
+    scenario = Scenario(phase="decode", requests=2, prompt_tokens=8, forwards=4)
+    runners = {variant: engine.runner(variant, scenario) for variant in engine.variants}
+    timed = []
+    for variant in ["stock", "turnout"] * 20:
+        runners[variant].prepare()
         before = len(fake_llm.seen)
         for _ in range(4):
-            runner.forward()
+            runners[variant].forward()
             assert len(fake_llm.requests) == 2
         assert len(fake_llm.seen) == before + 4
+        timed += [mode for mode, _ in fake_llm.seen[before:]]
+    assert timed == (["off"] * 4 + ["routing"] * 4) * 20
+    assert len(fake_llm.seen) <= 40 * 5 + 3 * SLACK
 
 
 def test_a_prefill_is_timed_up_to_the_token_of_each_request(fake_llm):

@@ -150,7 +150,7 @@ def scenarios_command(
     eager: Annotated[bool, typer.Option("--eager", help="Without CUDA graphs.")] = False,
     requests: Annotated[str, typer.Option(help="Requests at a time, with commas.")] = "1,16",
     prefill: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 64,
-    decode: Annotated[int, typer.Option(min=1, help="Decode steps in a round.")] = 8,
+    decode: Annotated[int, typer.Option(min=1, max=64, help="Decode steps in a round.")] = 8,
     rounds: Annotated[int, typer.Option(min=2, help="Of each variant, in turns.")] = 20,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; left out, 1 for the small models with names.")

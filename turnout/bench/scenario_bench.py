@@ -101,7 +101,7 @@ def _open(settings: Settings, device: torch.device, scratch: Path, report_step: 
         vocab_size=read_vocab_size(checkpoint),
     )
     is_eager = settings.eager or device.type == "cpu"
-    load = Load(requests=settings.requests, prompt_tokens=settings.prefill, decode_steps=settings.decode)
+    load = Load(requests=settings.requests, prompt_tokens=settings.prefill)
     modes = modes_of(settings.consumer, layer=settings.layer)
     engine = open_vllm(checkpoint, device, modes, load, prompts, is_eager=is_eager)
     if not is_eager:

@@ -27,7 +27,8 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 CHECKED_TOKENS = 8  # that each request makes when answers are compared
-SLACK = 3  # tokens that a request may still make after the last timed step: with one at its end the batch is smaller
+DECODED_TOKENS = 128  # of each request in a decode; no request ends while it is timed
+SLACK = 4  # tokens beyond those timed: one is made before, and vLLM may be two ahead
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,17 +67,10 @@ class Load:
     Attributes:
         requests: of each scenario.
         prompt_tokens: of each request.
-        decode_steps: in a round.
     """
 
     requests: tuple[int, ...]
     prompt_tokens: int
-    decode_steps: int
-
-    @property
-    def length(self) -> int:
-        """Tokens of a request at its end, those of the check included."""
-        return self.prompt_tokens + max(self.decode_steps, CHECKED_TOKENS) + SLACK
 
 
 class VllmEngine:
@@ -104,6 +98,8 @@ class VllmEngine:
         }
         self._numbers = itertools.count()
         self._active = ""
+        self._decoding: Scenario | None = None
+        self._tokens_left = 0
         self._graphs: dict[str, CapturedGraphs] = {}
 
     @property
@@ -112,7 +108,7 @@ class VllmEngine:
         return int(next(iter(self.layers.values())).router.top_k)
 
     def use(self, variant: str) -> None:
-        """Run this variant from now on; no request may be under way."""
+        """Run this variant from now on, requests under way included."""
         if variant == self._active:
             return
         from turnout.integrations import vllm as plugin
@@ -124,7 +120,8 @@ class VllmEngine:
         self._active = variant
         if any(each.is_declared for each in self.modes.values()):
             declare(self.layers.values(), mode.is_declared)
-            self.generate(self.prompts[:1], new_tokens=1)  # each layer finds its consumer anew, not while it is timed
+            if not self.is_busy:
+                self.generate(self.prompts[:1], new_tokens=1)  # each layer finds its consumer anew, not while timed
 
     def capture(self, report_step: Callable[[str], None]) -> None:
         """Capture CUDA graphs of each variant: what routes is decided when a graph is captured."""
@@ -180,7 +177,26 @@ class VllmEngine:
 
     def step(self) -> list[Any]:
         """One step of the engine: a forward, and the outputs that are there."""
+        self._tokens_left -= 1
         return list(self._engine.step())
+
+    def start_decode(self, scenario: Scenario) -> None:
+        """End what is under way, and bring new requests to their first token."""
+        self.drain()
+        self.submit(self.prompts[: scenario.requests], DECODED_TOKENS)
+        started: set[str] = set()
+        while len(started) < scenario.requests:
+            started |= {output.request_id for output in self.step()}
+        self._decoding, self._tokens_left = scenario, DECODED_TOKENS - 1
+
+    def tokens_left(self, scenario: Scenario) -> int:
+        """How many tokens each request of a decode still makes; 0 if others are under way, or none."""
+        return self._tokens_left if self._decoding == scenario and self.is_busy else 0
+
+    def drain(self) -> None:
+        """Step until no request is left."""
+        for _ in self.finished():
+            pass
 
     @property
     def is_busy(self) -> bool:
@@ -219,7 +235,10 @@ class VllmEngine:
 
 
 class Runner:
-    """A load on the engine, seen from its steps: requests are queued and first tokens made before a timed decode.
+    """A load on the engine, seen from its steps.
+
+    The requests of a decode go on from round to round and from variant to variant, so that rounds are many and near
+    each other; new ones begin when they end.
 
     Attributes:
         warm_up_forwards: how many forwards differ from all later ones.
@@ -231,25 +250,25 @@ class Runner:
         self._engine, self._variant, self._scenario = engine, variant, scenario
 
     def prepare(self) -> None:
-        """Let the last requests end, and queue new ones; in decode, until each has its first token."""
+        """Queue requests; in decode, have some with tokens to make, and run a step that is not timed."""
         engine, scenario = self._engine, self._scenario
-        for _ in engine.finished():
-            pass
-        engine.use(self._variant)
-        is_decode = scenario.phase == "decode"
-        engine.submit(engine.prompts[: scenario.requests], scenario.forwards + SLACK if is_decode else 1)
-        started: set[str] = set()
-        while is_decode and len(started) < scenario.requests:
-            started |= {output.request_id for output in engine.step()}
+        if scenario.phase == "decode":
+            if engine.tokens_left(scenario) < scenario.forwards + SLACK:
+                engine.start_decode(scenario)
+            engine.use(self._variant)
+            engine.step()
+        else:
+            engine.drain()
+            engine.use(self._variant)
+            engine.submit(engine.prompts[: scenario.requests], new_tokens=1)
         engine.wait()
 
     def forward(self) -> None:
         """One step in decode; in prefill, the steps until each request has its one token."""
         if self._scenario.phase == "decode":
             self._engine.step()
-            return
-        for _ in self._engine.finished():
-            pass
+        else:
+            self._engine.drain()
 
 
 def open_vllm(
@@ -309,8 +328,8 @@ def engine_options(checkpoint: Checkpoint, device: torch.device, load: Load, *, 
         "enable_prefix_caching": False,
         "enforce_eager": is_eager,
         "max_num_seqs": max(load.requests),
-        "max_model_len": load.length,
-        "max_num_batched_tokens": max(load.requests) * load.length,
+        "max_model_len": load.prompt_tokens + DECODED_TOKENS,
+        "max_num_batched_tokens": max(max(load.requests) * load.prompt_tokens, load.prompt_tokens + DECODED_TOKENS),
     }
     if device.type == "cuda":
         options["attention_backend"] = "TRITON_ATTN"
