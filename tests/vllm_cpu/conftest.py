@@ -9,6 +9,32 @@ import pytest
 
 # Read when vLLM is imported. It reports its use over the network, loads plugins and prints, unless told otherwise.
 os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
+# Of the engine that runs in this process: little memory, and threads that leave the cores to other processes.
+ENGINE = {
+    "VLLM_PLUGINS": "turnout",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of the engine come first: vLLM's start fails where numba is imported already, as our CPU kernels do."""
+    items.sort(key=lambda item: "engine" not in item.fixturenames)
+
+
+@pytest.fixture(scope="session")
+def engine(vllm_ops):
+    """vLLM with the plugin, running the tiny Gemma 4 in this process."""
+    from vllm import LLM
+
+    import turnout
+
+    model = Path(turnout.__file__).parent / "assets" / "tiny_gemma4"
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in ENGINE.items():
+            environment.setenv(name, value)
+        return LLM(str(model), enforce_eager=True, max_model_len=256, max_num_seqs=4, dtype="bfloat16")
 
 
 @pytest.fixture(scope="session")

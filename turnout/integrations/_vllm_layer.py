@@ -18,7 +18,7 @@ from turnout.integrations import _vllm_modes as modes
 from turnout.integrations._vllm_consumers import Consumer, consumer_of
 from turnout.integrations._vllm_routers import NotExpressedError, Routable, custom_function, routable
 from turnout.integrations._vllm_select import RouteToReplicas, Select, Simulate, Strict, choose_select
-from turnout.routing.api import check_declarations, choose_impl
+from turnout.routing.api import choose_impl
 
 STATES = ("routed", "strict", "simulated", "kept", "routes by itself")
 
@@ -66,6 +66,8 @@ class RoutedLayer:
 
     def install(self) -> None:
         """Let vLLM call this layer's methods in place of its own."""
+        for decision in (RoutedLayer.decide, RoutedLayer.decide_monolithic):
+            torch.compiler.assume_constant_result(decision)  # not as a decorator: it imports all of Dynamo, and triton
         self.router._select_experts = self.select_experts
         self.experts.forward_monolithic = self.forward_monolithic
 
@@ -115,7 +117,6 @@ class RoutedLayer:
             self.decide_monolithic()
         return self._stock_monolithic(*args, **kwargs)
 
-    @torch.compiler.assume_constant_result
     def decide(self, num_columns: int, asked: torch.dtype | None) -> None:
         """Decide what runs, once for a kernel of the experts; before the first forward pass there is none."""
         plan, kernel = self.plan, self.experts.quant_method.moe_kernel
@@ -129,20 +130,20 @@ class RoutedLayer:
         router, contract = self.router, consumer.contract
         if type(router).__name__ == "RoutingSimulatorRouter":
             reason = f"nothing to compute from logits; {consumer.reason}"
-            select = Simulate(router, contract.ids_dtype)
-            return Plan(state="simulated", reason=reason, consumer=consumer, select=select)
+            simulate = Simulate(router, contract.ids_dtype)
+            return Plan(state="simulated", reason=reason, consumer=consumer, select=simulate)
         weight = next(self.experts.parameters())
         try:
             known = routable(router, num_columns)
             if weight.is_cpu:  # vLLM's routers for CPUs know no padding, and its experts no such ids
                 known = dataclasses.replace(known, skips_padding=False)
-            check_declarations(known.spec, contract)
+            select = choose_select(router, known, contract, weight.device)
         except (NotExpressedError, NotImplementedError, ValueError) as error:
             return self._unroutable(consumer, str(error), weight)
         choice = choose_impl(weight, num_columns)
         return Plan(
             state="routed", reason=f"{consumer.reason}; {choice.reason}", impl=choice.impl, consumer=consumer,
-            select=choose_select(router, known, contract),
+            select=select,
             select_physical=None if weight.is_cpu else _physical(router, known, contract),
         )  # fmt: skip
 
@@ -153,7 +154,6 @@ class RoutedLayer:
         select = Strict(self.router, consumer.contract, contiguous=weight.is_cpu)
         return Plan(state="strict", reason=f"{hindrance}; {consumer.reason}", consumer=consumer, select=select)
 
-    @torch.compiler.assume_constant_result
     def decide_monolithic(self) -> None:
         """Experts of vLLM 0.28 and 0.29 for CPUs route in a method of their own, which can be set; others inside."""
         kernel = self.experts.quant_method.moe_kernel

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,7 @@ def custom_function(router: Any) -> Callable[..., Any] | None:
 
 
 def _fused_topk(router: Any, num_columns: int) -> Routable:
-    return Routable(spec=_plain_spec(router, num_columns, router.scoring_func), skips_padding=True)
+    return Routable(spec=_plain_spec(router, num_columns, router.scoring_func), skips_padding=_skips_padding())
 
 
 def _fused_topk_bias(router: Any, num_columns: int) -> Routable:
@@ -111,7 +112,7 @@ def _fused_topk_bias(router: Any, num_columns: int) -> Routable:
         spec=spec,
         bias_owner=router if biased else None,
         table_owner=router if hashed else None,
-        skips_padding=True,
+        skips_padding=_skips_padding(),
     )
 
 
@@ -123,12 +124,12 @@ def _grouped_topk(router: Any, num_columns: int) -> Routable:
             _grouped(router, num_columns), skips_padding=getattr(router, "skip_padding", False)
         )  # fmt: skip
     if not biased:
-        return Routable(spec=_plain_spec(router, num_columns, "softmax"), skips_padding=True)
+        return Routable(spec=_plain_spec(router, num_columns, "softmax"), skips_padding=_skips_padding())
     spec = _plain_spec(
         router, num_columns, router.scoring_func,
         routed_scaling_factor=router.routed_scaling_factor, e_score_correction_bias=True,
     )  # fmt: skip
-    return Routable(spec=spec, bias_owner=router, skips_padding=True)
+    return Routable(spec=spec, bias_owner=router, skips_padding=_skips_padding())
 
 
 def _grouped(router: Any, num_columns: int) -> Routable:
@@ -188,6 +189,11 @@ def _llama4(router: Any, num_columns: int) -> Routable:
 
 def _cohere2(router: Any, num_columns: int) -> Routable:
     return Routable(spec=_plain_spec(router, num_columns, "sigmoid"))
+
+
+def _skips_padding() -> bool:
+    """Whether vLLM's kernels of fused top-k are told the padding: from 0.28 on."""
+    return hasattr(importlib.import_module(ROUTERS + "fused_topk_router"), "_get_padding_mask")
 
 
 def _plain_spec(router: Any, num_columns: int, scoring_func: str, **further: Any) -> RouterSpec:

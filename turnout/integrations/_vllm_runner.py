@@ -94,9 +94,14 @@ def _registry() -> dict[str, type]:
     return registry
 
 
+def stock_runner() -> Any:
+    """The class of vLLM itself."""
+    return importlib.import_module(FUSED_MOE + "runner.moe_runner").MoERunner
+
+
 def register_runner() -> None:
     """Let vLLM make the runner of this module."""
-    runner = importlib.import_module(FUSED_MOE + "runner.moe_runner").MoERunner
+    runner = stock_runner()
     runner.register_oot(name=NAME)(_runner_class(runner))
 
 

@@ -129,9 +129,18 @@ class Simulate:
         )
 
 
-def choose_select(router: Any, known: Routable, contract: Contract) -> Select:
-    """What selects logical experts for a router that turnout knows."""
+def choose_select(router: Any, known: Routable, contract: Contract, device: torch.device) -> Select:
+    """What selects logical experts for a router that turnout knows.
+
+    It has run once when it is returned, so that no kernel is compiled while CUDA captures a graph.
+
+    Raises:
+        NotImplementedError: spec or contract ask for something by name that `turnout.route` does not run there.
+    """
     select = Route(known, contract, prepare(known.spec, contract))
+    logits = torch.zeros(1, known.spec.num_experts, device=device)
+    with torch.inference_mode():
+        select(logits, logits, torch.zeros(1, dtype=torch.int32, device=device))
     return RouteWithZeroExperts(router, select) if known.spec.num_null_experts else select
 
 
