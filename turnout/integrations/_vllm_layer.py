@@ -16,6 +16,7 @@ import torch
 from turnout.contracts import Contract
 from turnout.integrations import _vllm_modes as modes
 from turnout.integrations._vllm_consumers import Consumer, consumer_of
+from turnout.integrations._vllm_experts import LayerExperts
 from turnout.integrations._vllm_routers import NotExpressedError, Routable, custom_function, routable
 from turnout.integrations._vllm_select import RouteToReplicas, Select, Simulate, Strict, choose_select
 from turnout.routing.api import choose_impl
@@ -63,6 +64,7 @@ class RoutedLayer:
         self._decided = decided
         self._stock_select: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.router._select_experts
         self._stock_monolithic = self.experts.forward_monolithic
+        self.few_tokens = LayerExperts(runner, mode)
 
     def install(self) -> None:
         """Let vLLM call this layer's methods in place of its own."""
@@ -70,9 +72,11 @@ class RoutedLayer:
             torch.compiler.assume_constant_result(decision)  # not as a decorator: it imports all of Dynamo, and triton
         self.router._select_experts = self.select_experts
         self.experts.forward_monolithic = self.forward_monolithic
+        self.few_tokens.install()
 
     def remove(self) -> None:
         """Let vLLM call its own again."""
+        self.few_tokens.remove()
         for owner, name in ((self.router, "_select_experts"), (self.experts, "forward_monolithic")):
             owner.__dict__.pop(name, None)
 

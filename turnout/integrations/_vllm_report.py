@@ -31,6 +31,7 @@ class LayerRow:
         contract_name: its entry in `turnout.contracts`; None where there is none.
         contract: the form of the result; None where no router is called.
         impl: of `turnout.route`; "" where it does not run.
+        experts: who runs the experts, in mode ``"layer"``; "" in the others, where it is always vLLM.
     """
 
     layer: str
@@ -42,6 +43,7 @@ class LayerRow:
     contract_name: str | None = None
     contract: Contract | None = None
     impl: str = ""
+    experts: str = ""
 
     def __str__(self) -> str:
         read_by = ""
@@ -49,7 +51,8 @@ class LayerRow:
             name = self.contract_name or self.consumer
             read_by = f" -> {name} {dtype_name(self.contract.ids_dtype)}"
         impl = f", impl {self.impl}" if self.impl else ""
-        return f"{self.layer}: {self.router}{read_by}, {self.state}{impl} ({self.reason})"
+        experts = f"; experts: {self.experts}" if self.experts else ""
+        return f"{self.layer}: {self.router}{read_by}, {self.state}{impl} ({self.reason}){experts}"
 
 
 class Explained(tuple[LayerRow, ...]):
@@ -73,12 +76,18 @@ def row_of(layer: Any) -> LayerRow:
     if plan is None:
         return LayerRow(layer=layer.name, mode=mode, router=router, state="undecided", reason="no forward pass yet")
     row = LayerRow(
-        layer=layer.name, mode=mode, router=router, state=plan.state, reason=plan.reason, impl=plan.impl
+        layer=layer.name, mode=mode, router=router, state=plan.state, reason=plan.reason, impl=plan.impl,
+        experts=_experts_of(layer) if mode == "layer" else "",
     )  # fmt: skip
     if plan.consumer is None:
         return row
     kind, name, contract, _ = plan.consumer
     return dataclasses.replace(row, consumer=kind, contract_name=name, contract=contract)
+
+
+def _experts_of(layer: Any) -> str:
+    hindrance = layer.few_tokens.hindrance
+    return "turnout's for few tokens, vLLM's for more" if hindrance is None else f"vLLM's ({hindrance})"
 
 
 def rows(layers: Iterable[Any]) -> Explained:
