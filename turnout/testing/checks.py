@@ -1,22 +1,33 @@
-"""What a right routing is: the rules as assertions, and an oracle that shares no code with any implementation."""
+"""What a right routing is: the rules as assertions, and the comparison with the oracle."""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from turnout.contracts import Contract
 from turnout.spec import RouterSpec
+from turnout.testing.oracle import (
+    WEIGHTS_TOLERANCE,
+    Bools,
+    Floats,
+    Ints,
+    given_ids,
+    may_be_selected,
+    oracle,
+    ranked,
+    rounded,
+    scale_of,
+    weight_bounds,
+)
 from turnout.types import Routing, RoutingInputs
 
-# Of a float32 weight, times the scales: three roundings and the error of one exp.
-WEIGHTS_TOLERANCE = 2e-7
+__all__ = [
+    "WEIGHTS_TOLERANCE", "assert_bitwise_equal", "assert_load_counted", "assert_matches_oracle",
+    "assert_routing_valid", "logical_ids", "oracle", "padding_rows",
+]  # fmt: skip
 _NO_INPUTS = RoutingInputs()
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+_NO_EXPERT, _HIDDEN = -1, -2  # logical ids: the slot has none; a map leaves none of it in the result
 
 
 def assert_routing_valid(
@@ -28,29 +39,37 @@ def assert_routing_valid(
 ) -> None:
     """Assert what holds of every routing, whatever the logits.
 
-    Shapes, dtypes and device of the contract; K distinct ids in range, in descending order of the logit, ties
-    to the lowest id; finite weights of the right sign; padding carries the sentinel and weight 0.
+    Shapes, dtypes and device of the contract; K distinct ids in range, those of the highest ranked values inside of the
+    best groups, in descending order where the spec sorts, ties to the lowest id; each id the one that a map gives its
+    expert; weights finite where the dtype holds them, of the right sign and sum; slots that carry no work have the
+    sentinel and weight 0; replayed ids are the logical ones.
     """
     _assert_form(routing, router_logits, spec, contract)
     ids, weights = _int64(routing.topk_ids), _float64(routing.topk_weights)
+    logical, given = logical_ids(routing, spec, contract, inputs), given_ids(spec, inputs)
     padding = padding_rows(len(ids), inputs)
-    assert (ids[padding] == _sentinel(spec, contract)).all(), f"padding carries ids {ids[padding]}"
-    assert (weights[padding] == 0).all(), f"padding carries weights {weights[padding]}"
+    want_idle = np.broadcast_to(padding[:, None], ids.shape) | (False if given is None else given == _NO_EXPERT)
+    assert ((logical == _NO_EXPERT) == want_idle).all(), f"slots without an expert: {logical}, want {want_idle}"
+    assert (logical < spec.num_experts).all(), f"ids outside [0, {spec.num_experts}): {logical}"
+    _assert_mapped(ids, logical, spec, contract, inputs)
+    idle = idle_slots(ids, logical, spec, contract)
+    assert (weights[idle] == 0).all(), f"slots that carry no work have weights {weights}"
+    overflows = ~np.isfinite(_weights_between(router_logits, spec, contract, inputs, logical)).all(axis=0)
+    assert (np.isfinite(weights) | overflows).all(), f"weights are not finite: {weights}"
 
-    ids, weights, values = ids[~padding], weights[~padding], _float64(router_logits)[~padding]
-    assert ((ids >= 0) & (ids < spec.num_experts)).all(), f"ids outside [0, {spec.num_experts}): {ids}"
-    in_order = np.sort(ids, axis=-1)
-    assert (in_order[:, 1:] != in_order[:, :-1]).all(), f"an expert was chosen twice: {ids}"
-    _assert_best_first(ids, values)
-
-    assert np.isfinite(weights).all(), f"weights are not finite: {weights}"
-    scale = _scale_of(ids, spec, inputs)
-    assert (weights * np.sign(scale) >= 0).all(), f"weights have the wrong sign: {weights}"
-    if spec.renormalize and not spec.per_expert_scale:
-        # Each of the K weights is off by half a unit of the coarser of the two dtypes it was rounded to.
-        unit = max(torch.finfo(dtype).eps for dtype in _roundings(router_logits, spec, contract))
-        total = weights.sum(axis=-1) / spec.routed_scaling_factor
-        assert np.allclose(total, 1.0, rtol=0, atol=unit + spec.top_k * WEIGHTS_TOLERANCE), f"sums: {total}"
+    if given is None:
+        in_order = np.sort(np.where(logical >= 0, logical, -1 - np.arange(spec.top_k)), axis=-1)
+        assert (in_order[:, 1:] != in_order[:, :-1]).all(), f"an expert was chosen twice: {logical}"
+        known = np.asarray((logical >= 0).all(axis=-1))
+        values = ranked(router_logits, spec, inputs).rows(known)
+        assert may_be_selected(logical[known], values, spec).all(), f"not the best, or not best first: {logical}"
+    scale = scale_of(np.maximum(logical, 0), spec, inputs)
+    if spec.scoring_func != "none" or spec.selected_score != "none":
+        assert (weights * np.sign(scale) >= 0).all(), f"weights have the wrong sign: {weights}"
+    if (spec.renormalize or spec.selected_score == "softmax") and not spec.per_expert_scale:
+        _assert_sum(
+            weights[~idle.any(axis=-1)] / scale.flat[0] if scale.size else weights, router_logits, spec, contract
+        )
 
 
 def assert_matches_oracle(
@@ -60,27 +79,28 @@ def assert_matches_oracle(
     contract: Contract,
     inputs: RoutingInputs = _NO_INPUTS,
 ) -> None:
-    """Assert that ids equal the oracle's and weights lie within one rounding of its float64 weights.
+    """Assert that ids equal the oracle's, and weights are roundings of what lies in its bounds.
 
-    A float32 weight may be off by `WEIGHTS_TOLERANCE` times its scales; a 16-bit one must be the rounding of
-    a float32 weight within that.
+    Ids may differ where the error of a float32 score decides; a spec that ranks logits leaves no such room.
     """
     _assert_form(routing, router_logits, spec, contract)
-    want, want_ids = oracle(router_logits, spec, inputs)
-    tolerance = np.abs(_scale_of(want_ids, spec, inputs)) * WEIGHTS_TOLERANCE
-    padding = padding_rows(len(want_ids), inputs)
-    if padding.any():
-        want_ids[padding] = _sentinel(spec, contract)
-        want[padding] = tolerance[padding] = 0
+    _, want_ids = oracle(router_logits, spec, inputs)
+    want_ids[padding_rows(len(want_ids), inputs)] = _NO_EXPERT
+    logical = logical_ids(routing, spec, contract, inputs)
+    wrong = ((logical != want_ids) & (logical != _HIDDEN)).any(axis=-1)
+    near = wrong & ((logical >= 0) & (logical < spec.num_experts)).all(axis=-1) & (given_ids(spec, inputs) is None)
+    near[near] = may_be_selected(logical[near], ranked(router_logits, spec, inputs).rows(near), spec)
+    wrong &= ~near
+    assert not wrong.any(), f"ids of rows {np.flatnonzero(wrong)}: got {logical[wrong]}, want {want_ids[wrong]}"
+
     ids, weights = _int64(routing.topk_ids), _float64(routing.topk_weights)
-    wrong = (ids != want_ids).any(axis=-1)
-    assert not wrong.any(), f"ids of rows {np.flatnonzero(wrong)}: got {ids[wrong]}, want {want_ids[wrong]}"
-    # Rounding keeps order: rounded bounds hold the rounding of every weight between them.
-    lowest, highest = want - tolerance, want + tolerance
-    for dtype in _roundings(router_logits, spec, contract):
-        lowest, highest = _rounded(lowest, dtype), _rounded(highest, dtype)
-    wrong = ((weights < lowest) | (weights > highest) | np.isnan(weights)).any(axis=-1)
-    assert not wrong.any(), f"weights of rows {np.flatnonzero(wrong)}: got {weights[wrong]}, want {want[wrong]}"
+    idle = idle_slots(ids, logical, spec, contract)
+    lowest, highest = _weights_between(router_logits, spec, contract, inputs, logical)
+    inside = (weights >= np.where(idle, 0, lowest)) & (weights <= np.where(idle, 0, highest))
+    wrong = ~inside.all(axis=-1)
+    assert not wrong.any(), (
+        f"weights of rows {np.flatnonzero(wrong)}: got {weights[wrong]}, want from {lowest[wrong]} to {highest[wrong]}"
+    )
 
 
 def assert_bitwise_equal(one: Routing, other: Routing) -> None:
@@ -91,21 +111,21 @@ def assert_bitwise_equal(one: Routing, other: Routing) -> None:
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"{name} differ"
 
 
-def oracle(router_logits: torch.Tensor, spec: RouterSpec, inputs: RoutingInputs = _NO_INPUTS) -> tuple[Floats, Ints]:
-    """Weights [T, K] in float64, not rounded, and ids [T, K], padding not considered.
-
-    A softmax router written from the rules: a stable sort that puts NaN last, and shares of a mass of 1.
-    """
-    values = _float64(router_logits)
-    is_nan = np.isnan(values)
-    ids = np.lexsort((-np.where(is_nan, 0.0, values), is_nan), axis=-1)[:, : spec.top_k]
-    shares = _softmax_shares(values)
-    chosen = np.take_along_axis(shares, ids, axis=-1)
-    nothing = ~(chosen > 0).any(axis=-1)
-    chosen[nothing] = 1 / spec.top_k
-    if spec.renormalize:
-        chosen /= chosen.sum(axis=-1, keepdims=True)
-    return chosen * _scale_of(ids, spec, inputs), ids
+def assert_load_counted(
+    before: torch.Tensor, routing: Routing, spec: RouterSpec, contract: Contract, inputs: RoutingInputs
+) -> None:
+    """Assert that ``inputs.expert_load`` is ``before`` plus the slots of each physical expert that carry work."""
+    assert inputs.expert_load is not None
+    ids = _int64(routing.topk_ids)
+    counted = ~idle_slots(ids, logical_ids(routing, spec, contract, inputs), spec, contract)
+    if inputs.num_counted_tokens is not None:
+        counted &= np.arange(len(ids))[:, None] < _int64(inputs.num_counted_tokens)
+    if inputs.record_load is not None:
+        counted &= bool(inputs.record_load)
+    num_experts = len(before)
+    want = np.bincount(ids[counted & (ids < num_experts)], minlength=num_experts)
+    got = _int64(inputs.expert_load) - _int64(before)
+    assert (got == want).all(), f"load counts {got}, want {want}"
 
 
 def padding_rows(num_tokens: int, inputs: RoutingInputs) -> Bools:
@@ -118,15 +138,72 @@ def padding_rows(num_tokens: int, inputs: RoutingInputs) -> Bools:
     return padding
 
 
-def _softmax_shares(values: Floats) -> Floats:
-    """The softmax of each row: +inf entries share all of it, NaN and -inf have none of it."""
-    finite = np.isfinite(values)
-    largest = np.max(values, axis=-1, keepdims=True, where=finite, initial=-np.finfo(np.float64).max)
-    mass = np.exp(np.where(finite, values - np.where(finite, largest, 0), -np.inf))
-    infinite = values == np.inf
-    mass = np.where(infinite.any(axis=-1, keepdims=True), infinite, mass)
-    total = mass.sum(axis=-1, keepdims=True)
-    return np.asarray(mass / np.where(total > 0, total, 1), dtype=np.float64)
+def logical_ids(routing: Routing, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> Ints:
+    """The experts [T, K] of the model that a result speaks of; -1: none; -2: one that its map has no id for."""
+    ids = _int64(routing.topk_ids)
+    if inputs.replay_ids is not None:
+        return _int64(inputs.replay_ids)
+    padding, given = padding_rows(len(ids), inputs), given_ids(spec, inputs)
+    if given is not None:
+        return np.where(padding[:, None], _NO_EXPERT, given)
+    is_sentinel = ids == contract.sentinel_id(spec.num_experts)
+    if contract.id_space == "logical":
+        return np.where(is_sentinel, _NO_EXPERT, ids)
+    logical = np.where(padding[:, None] & is_sentinel, _NO_EXPERT, _HIDDEN)
+    for expert, physical in enumerate(_mapped_ids(spec, inputs)):
+        logical[~is_sentinel & np.isin(ids, physical)] = expert
+    assert ((logical != _HIDDEN) | is_sentinel).all(), f"ids that no expert is mapped to: {ids}"
+    return logical
+
+
+def idle_slots(ids: Ints, logical: Ints, spec: RouterSpec, contract: Contract) -> Bools:
+    """Which slots [T, K] carry no work."""
+    sentinel = contract.sentinel_id(spec.num_experts)
+    return (logical < 0) if sentinel is None else (logical < 0) | (ids == sentinel)
+
+
+def _mapped_ids(spec: RouterSpec, inputs: RoutingInputs) -> list[Ints]:
+    """The ids that stand for each expert of the model where a map is given; one below 0 stands for none."""
+    if inputs.expert_map is not None:
+        return list(_int64(inputs.expert_map)[:, None])
+    if inputs.logical_to_physical_map is None or inputs.logical_replica_count is None:
+        return list(np.arange(spec.num_experts)[:, None])
+    counts = np.maximum(_int64(inputs.logical_replica_count), 1)
+    return [row[:count] for row, count in zip(_int64(inputs.logical_to_physical_map), counts, strict=True)]
+
+
+def _assert_mapped(ids: Ints, logical: Ints, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
+    """Each id stands for its expert, or is the sentinel where there is none (0 where the contract has no sentinel)."""
+    sentinel = contract.sentinel_id(spec.num_experts)
+    none = np.array([0 if sentinel is None else sentinel])
+    mapped = _mapped_ids(spec, inputs)
+    num_ids = contract.num_ids(spec.num_experts) if contract.id_space == "local" else np.iinfo(np.int64).max
+    for expert in np.unique(logical):
+        allowed = mapped[expert] if expert >= 0 else none
+        allowed = np.where((allowed >= 0) & (allowed < num_ids) | (expert < 0), allowed, none)
+        got = ids[logical == expert]
+        assert np.isin(got, allowed).all(), f"expert {expert} got ids {got}, want {allowed}"
+
+
+def _weights_between(
+    router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs, logical: Ints
+) -> tuple[Floats, Floats]:
+    """The lowest and the highest weight that each of these experts may have in the contract's dtype."""
+    lowest, highest = weight_bounds(router_logits, spec, inputs, logical)
+    # Rounding keeps order: rounded bounds hold the rounding of every weight between them.
+    for dtype in _roundings(router_logits, spec, contract):
+        lowest, highest = rounded(lowest, dtype), rounded(highest, dtype)
+    return lowest, highest
+
+
+def _assert_sum(weights: Floats, router_logits: torch.Tensor, spec: RouterSpec, contract: Contract) -> None:
+    """The weights of a row, without the scale, sum to 1; to less where a summand or a bound was in their divisor."""
+    # Each of the K weights is off by half a unit of the coarser of the two dtypes it was rounded to.
+    unit = max(torch.finfo(dtype).eps for dtype in _roundings(router_logits, spec, contract))
+    total, tolerance = weights.sum(axis=-1), unit + spec.top_k * WEIGHTS_TOLERANCE
+    assert (total <= 1 + tolerance).all(), f"sums: {total}"
+    if spec.selected_score == "softmax" or spec.renormalize_eps == spec.renormalize_min == 0:
+        assert (total >= 1 - tolerance).all(), f"sums: {total}"
 
 
 def _assert_form(routing: Routing, router_logits: torch.Tensor, spec: RouterSpec, contract: Contract) -> None:
@@ -139,42 +216,10 @@ def _assert_form(routing: Routing, router_logits: torch.Tensor, spec: RouterSpec
         assert tensor.is_contiguous(), f"{name} has strides {tensor.stride()}"
 
 
-def _assert_best_first(ids: Ints, values: Floats) -> None:
-    """Each chosen expert, and every expert not chosen, ranks below the one chosen before it."""
-    chosen = np.take_along_axis(values, ids, axis=-1)
-    assert _ranks_above(chosen[:, :-1], ids[:, :-1], chosen[:, 1:], ids[:, 1:]).all(), f"not descending: {ids}"
-    is_chosen = np.zeros(values.shape, dtype=np.bool_)
-    np.put_along_axis(is_chosen, ids, True, axis=-1)
-    beaten = _ranks_above(chosen[:, -1:], ids[:, -1:], values, np.arange(values.shape[1]))
-    assert (is_chosen | beaten).all(), f"a better expert was left out of {ids}"
-
-
-def _ranks_above(value: Floats, expert: Ints, other: Floats, other_expert: Ints) -> Bools:
-    tied = (value == other) | (np.isnan(value) & np.isnan(other))
-    above = (value > other) | (~np.isnan(value) & np.isnan(other))
-    return np.asarray(np.where(tied, expert < other_expert, above), dtype=np.bool_)
-
-
-def _scale_of(ids: Ints, spec: RouterSpec, inputs: RoutingInputs) -> Floats:
-    """The factor [T, K] of each weight."""
-    factor = np.full(ids.shape, spec.routed_scaling_factor)
-    return factor if inputs.per_expert_scale is None else factor * _float64(inputs.per_expert_scale)[ids]
-
-
-def _sentinel(spec: RouterSpec, contract: Contract) -> int:
-    if contract.sentinel == "num_experts":
-        return spec.num_experts
-    return -1 if contract.sentinel is None else contract.sentinel
-
-
 def _roundings(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract) -> list[torch.dtype]:
     """The dtypes that a weight is rounded to, one after the other."""
     by_model = [router_logits.dtype] if spec.weights_rounding == "input" else []
     return [torch.float32, *by_model, contract.weights_dtype]
-
-
-def _rounded(values: Floats, dtype: torch.dtype) -> Floats:
-    return _float64(torch.from_numpy(values).to(dtype))
 
 
 def _float64(tensor: torch.Tensor) -> Floats:
