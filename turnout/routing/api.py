@@ -37,20 +37,19 @@ def route(
 ) -> Routing:
     """Choose K of E experts for each token, and write ids, weights and structures as the consumer reads them.
 
-    One launch on a GPU, one pass over each row on a CPU; the ids and weights are stored in the contract's
-    dtypes by that launch. It also writes the contract's structures for at most 1024 slots; for more, those are written
-    by the launches of `turnout.permute` after it.
+    One launch on a GPU, one pass over each row on a CPU, which store ids and weights in the contract's dtypes; with
+    them the contract's structures for at most 1024 slots; those of more slots come from `turnout.permute` after it.
 
-    For any bit pattern of the logits the K ids of a row are distinct and in range, in descending order of the logit
-    (ties to the lowest id, NaN below every number), and the weights are finite (for finite scales whose product with a
-    weight its dtype holds): entries of +inf share the mass, -inf and NaN get 0, and where nothing else was selected all
-    K share alike. A row's weights and logical ids do not depend on the other rows.
+    For any bit pattern of the logits the K ids of a row are distinct and in range, in descending order of what the spec
+    ranks (ties to the lowest id, NaN below every number), and the weights are finite (for finite scales whose product
+    with a weight its dtype holds): of a softmax, entries of +inf share the mass, -inf and NaN get 0; where nothing that
+    was selected has any weight, all K share alike. A row's weights and logical ids do not depend on the other rows.
 
     Args:
         router_logits: [T, E] float32, bfloat16 or float16; rows may be strided, T may be 0.
         spec: what the model computes.
         contract: what the consumer reads.
-        inputs: the per-call tensors that spec and contract name (per_expert_scale, expert_map), and padding, if any.
+        inputs: the per-call tensors that spec and contract name, and padding, forced ids, load or replay, if any.
         out: buffers to write into: a `Routing` or ``(topk_weights, topk_ids)``, contiguous [T, K] of the
             contract's dtypes on the logits' device.
         impl: ``"auto"``, or one of ``"reference"``, ``"triton"``, ``"cpu"``; a named one runs or raises.
@@ -59,8 +58,7 @@ def route(
         `Routing` with ``topk_weights`` [T, K] and ``topk_ids`` [T, K], and the structures of the contract.
 
     Raises:
-        ValueError: an argument does not fit the others; the message says what was given and what is wanted.
-        TypeError: an argument is not of its type.
+        ValueError, TypeError: an argument does not fit; the message says what was given and what is wanted.
         NotImplementedError: the spec, contract or inputs ask for something by name that is not there yet.
     """
     inputs = _NO_INPUTS if inputs is None else inputs
@@ -79,20 +77,28 @@ def route(
         inputs.expert_map,
     )  # fmt: skip
     if not _is_plain(inputs):
-        arguments += (
-            inputs.e_score_correction_bias, inputs.input_ids,
-            inputs.tid2eid if inputs.forced_ids is None else inputs.forced_ids,
-            inputs.logical_to_physical_map, inputs.logical_replica_count,
-        )  # fmt: skip
+        arguments += _further_arguments(inputs)
     if contract.structures:
         _check_structures(router_logits, spec, contract, inputs, out)
         return _permutation.routing_of(_permutation.route_permuted(*arguments), contract)
-    if out is not None:
-        topk_weights, topk_ids = _check_out(out, router_logits, spec, contract)
-    elif inputs.expert_load is inputs.replay_ids is None:
+    if out is None and inputs.expert_load is inputs.replay_ids is None:
         return Routing(*_ops.route(*arguments))
-    else:
-        topk_weights, topk_ids = _ops.allocate(router_logits, spec, contract)
+    return _route_into(_buffers(out, router_logits, spec, contract), arguments, inputs)
+
+
+def _further_arguments(inputs: RoutingInputs) -> tuple[torch.Tensor | None, ...]:
+    """The operators' arguments that most routers leave away."""
+    given_ids = inputs.tid2eid if inputs.forced_ids is None else inputs.forced_ids
+    return (
+        inputs.e_score_correction_bias, inputs.input_ids, given_ids,
+        inputs.logical_to_physical_map, inputs.logical_replica_count,
+    )  # fmt: skip
+
+
+def _route_into(
+    buffers: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...], inputs: RoutingInputs
+) -> Routing:
+    topk_weights, topk_ids = buffers
     _ops.route_out(
         *arguments, record_load=inputs.record_load, num_counted_tokens=inputs.num_counted_tokens,
         expert_load=inputs.expert_load, replay_ids=inputs.replay_ids, topk_weights=topk_weights, topk_ids=topk_ids,
@@ -278,9 +284,12 @@ def _check_padding(router_logits: torch.Tensor, contract: Contract, inputs: Rout
         )
 
 
-def _check_out(
-    out: Routing | Sequence[torch.Tensor], router_logits: torch.Tensor, spec: RouterSpec, contract: Contract
+def _buffers(
+    out: Routing | Sequence[torch.Tensor] | None, router_logits: torch.Tensor, spec: RouterSpec, contract: Contract
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The buffers given, checked, or new ones."""
+    if out is None:
+        return _ops.allocate(router_logits, spec, contract)
     if not isinstance(out, Sequence):
         raise TypeError(f"out must be a turnout.Routing or (topk_weights, topk_ids), got {type(out).__name__}")
     buffers = [buffer for buffer in out if buffer is not None]
