@@ -3,11 +3,10 @@
 The reports are numbered as in the collection this project started from; most are of vLLM, SGLang and AITER.
 Producers of ids and weights, and so tested here for every implementation:
 
-    1 to 8, 10 to 12, 15, 20 to 25, 27, 29 to 34
+    1 to 12, 14, 15, 18 to 25, 27, 29 to 34
 
-Producers again, of something `route` refuses by name until it has it: maps, tables, loads:
-
-    9, 14, 18, 19
+(9 and 14 of tables by token id, 18 and 19 of replicas and load: here what is refused; what they compute is tested in
+test_families.py and test_replicas.py.)
 
 Of local ids and structures, in tests/permutation/test_field_failures_of_structures.py:
 
@@ -287,29 +286,74 @@ def test_every_dtype_captures_after_one_call_exl3_204(gpu):
         pytest.param("logical_to_physical_map", torch.zeros(16, 2, dtype=torch.int64), id="18_eplb_sglang_25285"),
         pytest.param("logical_replica_count", torch.ones(16, dtype=torch.int64), id="18_replicas_sglang_25285"),
         pytest.param("expert_load", torch.zeros(16, dtype=torch.int32), id="19_expert_load_vllm_38128"),
-        pytest.param("forced_ids", torch.zeros(2, 4, dtype=torch.int32), id="forced_ids"),
-        pytest.param("replay_ids", torch.zeros(2, 4, dtype=torch.int16), id="replay_ids"),
+        pytest.param("record_load", torch.tensor(True), id="19_record_load_vllm_38128"),
+        pytest.param("num_counted_tokens", torch.tensor([1], dtype=torch.int32), id="19_counted_tokens_vllm_38128"),
+        pytest.param("e_score_correction_bias", torch.zeros(16), id="24_biased_selection_vllm_47367"),
     ],
 )
-def test_inputs_of_what_is_not_there_yet_are_refused_by_name(field, tensor, impl, device):
+def test_inputs_that_neither_spec_nor_contract_names_are_refused_by_name(field, tensor, impl, device):
     """9, 14, 18, 19: tables that went unchecked, maps applied twice, loads that counted padding."""
     spec = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True)
     inputs = turnout.RoutingInputs(**{field: tensor.to(device)})
-    with pytest.raises(NotImplementedError, match=f"RoutingInputs.{field}"):
+    with pytest.raises(ValueError, match=rf"RoutingInputs\.{field} is given"):
         turnout.route(make_logits("normal", 2, 16, device=device), spec, INT64, inputs, impl=impl)
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "id_space", "missing"),
     [
-        {"hash_routing": True},  # 9, 14
-        {"e_score_correction_bias": True, "scoring_func": "sigmoid"},  # 24: the bias must not reach the weights
-        {"num_expert_group": 4, "topk_group": 2},
+        pytest.param({"hash_routing": True}, "logical", "input_ids", id="9_14_hash_routing_vllm_43425"),
+        pytest.param(
+            {"e_score_correction_bias": True, "scoring_func": "sigmoid"}, "logical", "e_score_correction_bias",
+            id="24_biased_selection_vllm_47367",
+        ),
+        pytest.param({}, "physical", "logical_to_physical_map", id="18_eplb_sglang_25285"),
     ],
-    ids=["hash_routing_vllm_43425", "biased_selection_vllm_47367", "groups"],
-)
-def test_routers_that_are_not_there_yet_are_refused_by_name(values, impl, device):
-    """9, 14, 24: what a spec asks for is done or refused, never left out."""
+)  # fmt: skip
+def test_inputs_that_spec_or_contract_names_must_be_given(values, id_space, missing, impl, device):
+    """9, 14, 18, 24: what a spec asks for is done or refused, never left out."""
     spec = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True, **values)
-    with pytest.raises(NotImplementedError, match=r"RouterSpec\.(hash_routing|scoring_func|num_expert_group|e_score)"):
+    contract = turnout.Contract(ids_dtype=torch.int64, id_space=id_space)
+    with pytest.raises(ValueError, match=rf"RoutingInputs\.{missing} is missing"):
+        turnout.route(make_logits("normal", 2, 16, device=device), spec, contract, impl=impl)
+
+
+@pytest.mark.parametrize("field", ["tid2eid", "forced_ids", "expert_load", "replay_ids"])
+def test_inputs_of_another_shape_or_dtype_are_refused_by_name_vllm_40862(field, impl, device):
+    """9, 19: tables and loads that went unchecked."""
+    spec = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True, hash_routing=field == "tid2eid")
+    id_space = "physical" if field == "expert_load" else "logical"
+    fitting = {}
+    if field == "tid2eid":
+        fitting = {"input_ids": torch.zeros(2, dtype=torch.int64)}
+    elif field == "expert_load":
+        replicas, count = torch.arange(16)[:, None].contiguous(), torch.ones(16, dtype=torch.int64)
+        fitting = {"logical_to_physical_map": replicas, "logical_replica_count": count}
+    given = {name: tensor.to(device) for name, tensor in {**fitting, field: torch.zeros(2, 5)}.items()}
+    contract = turnout.Contract(ids_dtype=torch.int64, id_space=id_space)
+    logits = make_logits("normal", 2, 16, device=device)
+    with pytest.raises(ValueError, match=rf"{field} must be"):
+        turnout.route(logits, spec, contract, turnout.RoutingInputs(**given), impl=impl)
+
+
+@pytest.mark.parametrize("values", [{"renormalize_order": 2.0}, {"num_shared_columns": 2}], ids=str)
+def test_routers_that_are_not_there_yet_are_refused_by_name(values, impl, device):
+    """What a spec asks for is done or refused, never left out."""
+    spec = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True, **values)
+    with pytest.raises(NotImplementedError, match=rf"RouterSpec\.{next(iter(values))}"):
         turnout.route(make_logits("normal", 2, 16, device=device), spec, INT64, impl=impl)
+
+
+def test_structures_of_physical_ids_are_refused_by_name(impl, device):
+    spec = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True)
+    contract = turnout.Contract(id_space="physical", structures=("tokens_per_expert",))
+    with pytest.raises(NotImplementedError, match=r"structures of physical ids.*Contract\.structures"):
+        turnout.route(make_logits("normal", 2, 16, device=device), spec, contract, impl=impl)
+
+
+def test_replay_ids_beside_structures_are_refused_by_name(impl, device):
+    spec = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True)
+    contract = turnout.Contract(structures=("tokens_per_expert",))
+    inputs = turnout.RoutingInputs(replay_ids=torch.zeros(2, 4, dtype=torch.int16, device=device))
+    with pytest.raises(NotImplementedError, match=r"replay_ids beside structures"):
+        turnout.route(make_logits("normal", 2, 16, device=device), spec, contract, inputs, impl=impl)

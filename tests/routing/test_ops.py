@@ -43,6 +43,37 @@ def test_opcheck_of_route_out(impl, device):
     torch.library.opcheck(torch.ops.turnout.route_out.default, arguments, buffers)
 
 
+def further_arguments(device, impl, is_forced):
+    """Of a router with a bias, or with forced ids, whose experts have two replicas each."""
+    spec = turnout.RouterSpec(
+        num_experts=16, top_k=4, scoring_func="sigmoid", e_score_correction_bias=True, renormalize=True
+    )
+    contract = turnout.Contract(id_space="physical", sentinel=-1)
+    forced = torch.arange(20, device=device).view(5, 4) % 16 if is_forced else None
+    physical, count = torch.arange(32, device=device).view(16, 2), torch.full((16,), 2, device=device)
+    bias, logits = torch.linspace(-1, 1, 16, device=device), make_logits("normal", 5, 16, device=device)
+    return logits, declarations(spec, contract), impl, None, None, None, None, bias, None, forced, physical, count
+
+
+@pytest.mark.parametrize("is_forced", [False, True], ids=["selected", "forced"])
+def test_opcheck_of_route_with_further_inputs(is_forced, impl, device):
+    torch.library.opcheck(torch.ops.turnout.route.default, further_arguments(device, impl, is_forced))
+
+
+def test_opcheck_of_route_out_with_further_buffers(impl, device):
+    """Load and replay buffers are written, and said to be."""
+    out = poisoned_out(5, 4, turnout.Contract(), device)
+    buffers = {
+        "record_load": torch.tensor(True, device=device),
+        "num_counted_tokens": torch.tensor([3], dtype=torch.int32, device=device),
+        "expert_load": torch.zeros(32, dtype=torch.int32, device=device),
+        "replay_ids": torch.zeros(5, 4, dtype=torch.int16, device=device),
+        "topk_weights": out.topk_weights.tensor,
+        "topk_ids": out.topk_ids.tensor,
+    }
+    torch.library.opcheck(torch.ops.turnout.route_out.default, further_arguments(device, impl, False), buffers)
+
+
 def test_cold_fullgraph_compile_with_any_number_of_tokens(impl, device):
     """One graph without a break serves every T; results are eager's, to the bit."""
     torch._dynamo.reset()
