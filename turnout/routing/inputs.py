@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from turnout.spec import RouterSpec
-
 
 class RoutingTensors(NamedTuple):
     """Those fields of `turnout.RoutingInputs` that routing reads or writes, in the order of the operators' arguments.
@@ -29,11 +27,3 @@ class RoutingTensors(NamedTuple):
     num_counted_tokens: torch.Tensor | None = None
     expert_load: torch.Tensor | None = None  # added to
     replay_ids: torch.Tensor | None = None  # written
-
-
-def refuse_further(impl: str, spec: RouterSpec, tensors: RoutingTensors) -> None:
-    """For an implementation that routes plain softmax families alone."""
-    is_plain = spec.scoring_func == "softmax" and spec.weighs_by_shares and spec.num_expert_group == 1
-    is_plain = is_plain and spec.logit_scale == 1.0 and spec.logit_softcap is None and not spec.divide_by_top_k
-    if not is_plain or any(tensor is not None for tensor in tensors[4:]):
-        raise NotImplementedError(f"impl={impl!r} does not route this family yet; use impl='reference'")
