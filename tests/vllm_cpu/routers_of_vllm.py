@@ -184,7 +184,7 @@ def layer_of(router, ids_dtype=None, experts=CPUUnquantizedExperts):
     """A bound layer, with the parts of vLLM's that the binding looks at."""
     routed_experts = torch.nn.Linear(1, 1)
     routed_experts.quant_method = types.SimpleNamespace(moe_kernel=kernel(experts, ids_dtype))
-    routed_experts.forward_monolithic = None
+    routed_experts.forward_monolithic = routed_experts.forward_modular = None
     runner = types.SimpleNamespace(layer_name="layers.0.experts", router=router, routed_experts=routed_experts)
     layer = RoutedLayer(runner, "routing", lambda: None)
     layer.install()
