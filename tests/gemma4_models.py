@@ -49,6 +49,14 @@ def drawn_gpt_oss():
     return transformers.GptOssForCausalLM(config)
 
 
+def drawn_phimoe():
+    config = transformers.PhimoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.PhimoeForCausalLM(config)
+
+
 def drawn_nemotron_h():
     """One layer, whose experts have no gate."""
     config = transformers.NemotronHConfig(

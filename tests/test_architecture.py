@@ -18,7 +18,18 @@ KINDS = {"reference": "reference", "cpu": "cpu", "triton": "triton", "grouped": 
 # lies above it uses turnout as its users do.
 LAYERS = [
     {"_version", "device", "machine"},
-    {"families", "spec", "types", "contracts", "catalogue", "catalogue_own", "catalogue_vllm", "impls", "threads"},
+    {
+        "families",
+        "experts_families",
+        "spec",
+        "types",
+        "contracts",
+        "catalogue",
+        "catalogue_own",
+        "catalogue_vllm",
+        "impls",
+        "threads",
+    },
     {*ROOMS, "router", "testing"},
     {"moe"},
     {"integrations"},

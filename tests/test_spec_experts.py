@@ -7,7 +7,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import turnout
-from turnout.families import KNOWN_EXPERTS_MODEL_TYPES
+from turnout.experts_families import KNOWN_EXPERTS_MODEL_TYPES
 from turnout.integrations._transformers_experts import experts_spec
 
 GPT_OSS = turnout.ExpertsSpec(

@@ -13,6 +13,7 @@ from gemma4_models import (
     drawn_gpt_oss,
     drawn_mixtral,
     drawn_nemotron_h,
+    drawn_phimoe,
     experts_states,
     logits_of,
     router_states,
@@ -221,9 +222,11 @@ def test_where_nothing_can_be_replaced_apply_refuses_by_name():
     assert (row.experts.state, row.experts.spec, row.experts.impl) == ("not supported", None, None)
 
 
-def test_a_router_without_a_spec_is_explained_as_such():
+def test_a_router_is_explained_by_its_spec_and_one_without_as_such():
     (row,) = explain(drawn_gpt_oss())
-    assert "GptOssTopKRouter is not replaced yet; no RouterSpec is known" in row.router.reason
+    assert "GptOssTopKRouter is not replaced yet; what it computes is known: RouterSpec(" in row.router.reason
+    (row,) = explain(drawn_phimoe())
+    assert "PhimoeTopKRouter is not replaced yet; its config does not say its RouterSpec" in row.router.reason
 
 
 def test_a_forward_that_another_tool_set_stays(model):

@@ -9,7 +9,8 @@ import math
 import typing
 from typing import Any, Literal
 
-from turnout.families import experts_spec_fields, spec_fields
+from turnout.experts_families import experts_spec_fields
+from turnout.families import spec_fields
 
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -169,18 +170,22 @@ class RouterSpec:
         return self.scoring_func == "softmax" and not (self.ranks_scores or rounds_sum or self.score_dtype == "input")
 
     @classmethod
-    def from_config(cls, config: Any) -> RouterSpec:
+    def from_config(cls, config: Any, *, layer: int | None = None) -> RouterSpec:
         """The router of a Hugging Face model.
+
+        It is that of the router's class in transformers: a factor on the output of experts is not in it.
 
         Args:
             config: a ``transformers`` config, or the dict of a ``config.json``; nested configs (Gemma 4's
                 ``text_config``) are looked into.
+            layer: which layer's, for models whose layers have different routers (DeepSeek V4: the first take experts
+                from a table); counted from 0.
 
         Raises:
-            ValueError: the model type is not known (the message lists those that are), or the model has no
-                Mixture-of-Experts layer.
+            ValueError: the model type is not known (the message lists those that are), its router is none that a spec
+                expresses, the model has no Mixture-of-Experts layer, or its layers differ and ``layer`` is missing.
         """
-        return cls(**spec_fields(config))
+        return cls(**spec_fields(config, layer))
 
     # By the key, which says all: comparing and hashing field by field costs microseconds at every call.
     def __eq__(self, other: object) -> bool:

@@ -46,7 +46,7 @@ def _known_spec(config: Any) -> str:
     try:
         return f"what it computes is known: {RouterSpec.from_config(config)}"
     except ValueError:
-        return "no RouterSpec is known for it either"
+        return "its config does not say its RouterSpec"
 
 
 def is_router_replaced(router: nn.Module) -> bool:
