@@ -14,6 +14,7 @@ from turnout.testing.checks import WEIGHTS_TOLERANCE
 
 HIDDEN_SIZE, NUM_TOKENS, NUM_EXPERTS, TOP_K = 64, 16, 24, 4
 GROUPS = {"n_group": 4, "topk_group": 2}
+GEMMA = {"num_experts": NUM_EXPERTS, "top_k_experts": TOP_K}
 FLAG, NO_FLAG = {"norm_topk_prob": True}, {"norm_topk_prob": False}
 SIZES = {
     "hidden_size": HIDDEN_SIZE,
@@ -44,7 +45,7 @@ CLASSES = {
     "deepseek_v3": ("DeepseekV3TopkRouter", "DeepseekV3Config", GROUPS, {**GROUPS, **NO_FLAG}),
     "deepseek_v32": ("DeepseekV32TopkRouter", "DeepseekV32Config", GROUPS),
     "deepseek_v4": ("DeepseekV4TopKRouter", "DeepseekV4Config", {}),
-    "diffusion_gemma": ("DiffusionGemmaTextRouter", "DiffusionGemmaTextConfig", {"num_experts": NUM_EXPERTS}),
+    "diffusion_gemma": ("DiffusionGemmaTextRouter", "DiffusionGemmaTextConfig", GEMMA),
     "dots1": ("Dots1TopkRouter", "Dots1Config", {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}),
     "dots3_note": ("Dots3NoteTextTopkRouter", "Dots3NoteTextConfig", {}),
     "ernie4_5_moe": ("Ernie4_5_MoeTopKRouter", "Ernie4_5_MoeConfig", {}),
@@ -52,7 +53,7 @@ CLASSES = {
     "exaone_moe": ("ExaoneMoeTopkRouter", "ExaoneMoeConfig", {}),
     "flex_olmo": ("FlexOlmoTopKRouter", "FlexOlmoConfig", {}),
     "flint": ("FlintTopKRouter", "FlintConfig", {}, NO_FLAG),
-    "gemma4": ("Gemma4TextRouter", "Gemma4TextConfig", {"enable_moe_block": True, "num_experts": NUM_EXPERTS}),
+    "gemma4": ("Gemma4TextRouter", "Gemma4TextConfig", {"enable_moe_block": True, **GEMMA}),
     "glm4_moe": ("Glm4MoeTopkRouter", "Glm4MoeConfig", {}, GROUPS),
     "glm4_moe_lite": ("Glm4MoeLiteTopkRouter", "Glm4MoeLiteConfig", {}),
     "glm4v_moe": ("Glm4vMoeTextTopkRouter", "Glm4vMoeTextConfig", {}),
@@ -106,7 +107,7 @@ CASES = [(name, dict(case)) for name, (_, _, *cases) in CLASSES.items() for case
 EACH_CASE = pytest.mark.parametrize(
     ("name", "fields"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())) or "plain"
 )
-# Routers that round between the steps: in 16 bits their sum, their quotient or the softplus, which no spec says.
+# In 16 bits these round between two steps, which no spec says: a sum, a quotient, the softplus. Two units in a weight.
 ROUND_BETWEEN = {"cohere2_moe", "dbrx", "deepseek_v4", "deepseek_v4/hashed", "lfm2_moe", "mistral4"}
 IN_FLOAT32 = {"hunyuan_v1_moe", "inkling2"}  # their projection is kept in float32 by the model
 
@@ -124,13 +125,19 @@ def config_of(name, fields):
     except ImportError:
         pytest.skip(f"this transformers has no {family}")
     kind = getattr(module, CLASSES[name][1])
-    if name == "dbrx":
-        ffn = {"moe_num_experts": NUM_EXPERTS, "moe_top_k": TOP_K, "ffn_hidden_size": 8, **fields}
-        return kind(d_model=HIDDEN_SIZE, ffn_config=ffn)
+    config = kind()
     if name == "dots3_note/vision":
-        return kind(hidden_size=HIDDEN_SIZE).per_layer_config[30]  # 24 experts
-    known = kind().to_dict()
-    return kind(**{**{name: size for name, size in SIZES.items() if known.get(name) is not None}, **fields})
+        config = config.per_layer_config[30]  # of 24 experts
+        fields = {"hidden_size": HIDDEN_SIZE}
+    elif name == "dbrx":
+        fields = {"d_model": HIDDEN_SIZE, "ffn_config": {"moe_num_experts": NUM_EXPERTS, "moe_top_k": TOP_K, **fields}}
+        return kind(**fields)
+    else:
+        sizes = {field: size for field, size in SIZES.items() if getattr(config, field, None) is not None}
+        fields = {**sizes, **fields}
+    for field, value in fields.items():  # one by one: together, sizes of the attention are checked as well
+        setattr(config, field, value)
+    return config
 
 
 def drawn_router(name, config, dtype):
@@ -184,7 +191,7 @@ def routed_by_transformers(index, dtype):
     config = config_of(name, fields)
     router, spec, bias = drawn_router(name, config, dtype)
     if spec.hash_routing:
-        router.tid2eid = torch.rand(96, NUM_EXPERTS).argsort(dim=1)[:, :TOP_K]
+        router.tid2eid = torch.rand(96, NUM_EXPERTS).argsort(dim=1)[:, :TOP_K].contiguous()
     input_ids = torch.randint(96, (NUM_TOKENS,)) if spec.hash_routing else None
     logits = []
     with recorded_linear(logits):
@@ -243,8 +250,8 @@ def test_bfloat16_routing_is_the_models_up_to_ties_at_the_boundary(name, fields,
     """The sets of experts are equal but where the K-th and the next logit are: there any choice is right."""
     spec, logits, want, got = routed_by_both(name, fields, torch.bfloat16, impl, device)
     decided = torch.ones(NUM_TOKENS, dtype=torch.bool)
-    if not (spec.ranks_scores or spec.hash_routing):
-        best = logits.float().sort(dim=-1, descending=True).values
+    if not (spec.e_score_correction_bias or spec.hash_routing):
+        best = ranked_by_the_model(logits, spec).sort(dim=-1, descending=True).values
         decided = best[:, spec.top_k - 1] != best[:, spec.top_k]
     assert decided.sum() >= 12  # of 16 rows
     ours, theirs = (by_expert(spec, *routing)[decided] for routing in (got, want))
@@ -253,6 +260,13 @@ def test_bfloat16_routing_is_the_models_up_to_ties_at_the_boundary(name, fields,
         torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
     else:
         assert_weights_equal(ours, theirs)
+
+
+def ranked_by_the_model(logits, spec):
+    """Scores that a model rounds tie where its logits do not."""
+    if spec.score_dtype == "input" and spec.scoring_func in ("sigmoid", "softmax"):
+        logits = logits.sigmoid() if spec.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+    return logits.float()
 
 
 def assert_weights_equal(got, want):
