@@ -4,7 +4,17 @@ import dataclasses
 import json
 
 import pytest
-from transformers import Gemma4Config, Gemma4TextConfig, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV4Config,
+    Gemma4Config,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+)
 from transformers import Qwen3MoeConfig as Qwen3
 
 from turnout import RouterSpec
@@ -108,6 +118,59 @@ def test_gemma4():
 def test_softmax_families(config, renormalize, rounding):
     want = RouterSpec(num_experts=24, top_k=4, renormalize=renormalize, weights_rounding=rounding)
     assert RouterSpec.from_config(config) == want
+
+
+def test_deepseek_v3():
+    """tests/routing/test_transformers_routers.py holds every family to its class; this one is here to be read."""
+    want = RouterSpec(
+        num_experts=256, top_k=8, projection_dtype="float32", scoring_func="sigmoid", e_score_correction_bias=True,
+        num_expert_group=8, topk_group=4, group_score="top2_sum", sorted=False, renormalize=True, renormalize_eps=1e-20,
+        routed_scaling_factor=2.5,
+    )  # fmt: skip
+    assert RouterSpec.from_config(DeepseekV3Config()) == want
+    assert RouterSpec.from_config(DeepseekV3Config().to_dict()) == want, "a config.json"
+    assert RouterSpec.from_config(DeepseekV3Config(), layer=3) == want, "its layers are alike"
+
+
+def test_layers_of_deepseek_v4_differ():
+    config = DeepseekV4Config()
+    hashed, ranked = (RouterSpec.from_config(config, layer=layer) for layer in (2, 3))
+    assert (hashed.hash_routing, hashed.e_score_correction_bias) == (True, False)
+    assert (ranked.hash_routing, ranked.e_score_correction_bias) == (False, True)
+    assert (ranked.scoring_func, ranked.score_dtype, ranked.routed_scaling_factor) == ("sqrtsoftplus", "input", 1.5)
+    older = {**config.to_dict(), "mlp_layer_types": None, "num_hash_layers": 3}
+    assert [RouterSpec.from_config(older, layer=layer) for layer in (2, 3)] == [hashed, ranked]
+
+
+def test_numbers_by_layer():
+    config = {"model_type": "hunyuan_v1_moe", "num_experts": [16, 8], "moe_topk": [2, 2]}
+    assert RouterSpec.from_config(config, layer=1).num_experts == 8
+    with pytest.raises(ValueError, match=r"num_experts of this hunyuan_v1_moe model differs .* no layer was given"):
+        RouterSpec.from_config(config)
+    alike = RouterSpec.from_config({**config, "num_experts": [16, 16]})
+    assert (alike.num_experts, alike.top_k) == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "given"), [(None, "no layer was given"), (43, "layer 43 is none of its 43"), (-1, "layer -1")]
+)
+def test_a_layer_must_be_said_where_layers_differ(layer, given):
+    with pytest.raises(ValueError, match=f"mlp_layer_types of this deepseek_v4 model differs.*{given}.*; pass layer="):
+        RouterSpec.from_config(DeepseekV4Config(), layer=layer)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (PhimoeConfig(), "softmax over what comes near the best"),
+        ({"model_type": "zaya"}, "depend on the router of the layer before"),
+        ({"model_type": "inkling_mm_model", "text_config": {"model_type": "inkling_text"}}, "those of shared experts"),
+    ],
+    ids=["phimoe", "zaya", "inkling"],
+)
+def test_a_router_that_no_spec_expresses_says_why(config, why):
+    with pytest.raises(ValueError, match=f"RouterSpec does not express the router of model type .*{why}"):
+        RouterSpec.from_config(config)
 
 
 def test_unknown_model_type_lists_what_is_known():

@@ -296,8 +296,8 @@ def _deepseek_v4(config: Config) -> Fields:
 
 
 # A factor on the output of experts is none of the router's (beam, laguna, minimax_m3_vl_text, step3p5). Rounded to 16
-# bits between two steps, which no spec says, are the divisor of cohere2_moe (with sigmoid), dbrx, lfm2_moe, mistral4 and
-# deepseek_v4, and what ranks groups in mistral4 and experts in deepseek_v4: there, near ties may fall otherwise.
+# bits between two steps, which no spec says, are the divisor of cohere2_moe (with sigmoid), dbrx, lfm2_moe, mistral4
+# and deepseek_v4, and what ranks groups in mistral4 and experts in deepseek_v4: there, near ties may fall otherwise.
 _FAMILIES: dict[str, Callable[[Config], Fields]] = {
     "gemma4_text": _gemma4,
     "diffusion_gemma_text": _gemma4,
