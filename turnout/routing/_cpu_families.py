@@ -329,9 +329,9 @@ def write_row(row, ids, weights, family, call):
 
 
 @njit(nogil=True, cache=True)
-def route_rows_of_any_family(families, calls, first_row, end_row):
-    """Route rows first_row to end_row by the one FAMILY and the one CALL in the arrays."""
-    family, call = families[0], calls[0]
+def route_rows_of_any_family(families, call_fields, first_row, end_row):
+    """Route rows first_row to end_row by the one FAMILY in its array and the fields of a CALL."""
+    family, call = families[0], call_fields.view(CALL)[0]
     most = max(family.top_k, family.topk_group, 2)
     keys, ids = np.empty(most, np.int64), np.empty(most, np.int64)
     weights = np.empty(family.top_k, np.float32)

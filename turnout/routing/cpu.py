@@ -25,6 +25,7 @@ LOGITS_PER_THREAD = 1 << 15
 # Codes that the kernel knows dtypes by.
 _FLOAT_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _IDS_CODE = {torch.int16: 0, torch.int32: 1, torch.uint32: 1, torch.int64: 2}
+_NONE = frozenset((None,))
 
 
 def launch(
@@ -40,14 +41,14 @@ def launch(
         raise ValueError(
             f"impl='cpu' needs logits on a CPU, got {router_logits.device}; use impl='triton' or impl='auto'"
         )
-    if _is_plain_softmax(spec) and not any(tensor is not None for tensor in tensors[4:]):
+    if _is_plain_softmax(spec) and _NONE.issuperset(tensors[4:]):
         run = _plain_run(router_logits, spec, contract, tensors, topk_weights, topk_ids)
     else:
         run = _family_run(router_logits, spec, contract, tensors, topk_weights, topk_ids)
     threads = min(torch.get_num_threads(), router_logits.numel() // LOGITS_PER_THREAD)
     if tensors.expert_load is not None:  # its counts are not atomic
         threads = 1
-    in_threads(run, len(router_logits), threads)
+    in_threads(run, router_logits.shape[0], threads)
 
 
 @functools.cache
@@ -89,13 +90,11 @@ def _family_run(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> Callable[[int, int], Any]:
-    from turnout.routing._cpu_families import CALL, route_rows_of_any_family
-
     num_experts = router_logits.shape[1]
     sentinel = contract.sentinel_id(num_experts)
     bias, input_ids, given_ids = tensors.e_score_correction_bias, tensors.input_ids, tensors.given_ids
     to_physical, expert_load = tensors.logical_to_physical_map, tensors.expert_load
-    call = np.array([(
+    call = np.array((  # in the order of CALL, which the kernel sees it as: numpy takes longer to fill a record
         router_logits.data_ptr(), _FLOAT_CODE[router_logits.dtype], router_logits.stride(0),
         topk_weights.data_ptr(), _FLOAT_CODE[topk_weights.dtype], topk_ids.data_ptr(), _IDS_CODE[topk_ids.dtype],
         0 if sentinel is None else sentinel, contract.num_ids(num_experts),
@@ -109,8 +108,8 @@ def _family_run(
         _address(tensors.logical_replica_count),
         _address(tensors.record_load), _address(tensors.num_counted_tokens),
         _address(expert_load), 0 if expert_load is None else len(expert_load), _address(tensors.replay_ids),
-    )], CALL)  # fmt: skip
-    return functools.partial(route_rows_of_any_family, _family(spec, router_logits.dtype), call)
+    ), np.int64)  # fmt: skip
+    return functools.partial(_family_kernel(), _family(spec, router_logits.dtype), call)
 
 
 @functools.cache
@@ -147,3 +146,10 @@ def _plain_kernel() -> Callable[..., Any]:
     from turnout.routing._cpu_kernel import route_rows
 
     return route_rows
+
+
+@functools.cache
+def _family_kernel() -> Callable[..., Any]:
+    from turnout.routing._cpu_families import route_rows_of_any_family
+
+    return route_rows_of_any_family
