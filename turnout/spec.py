@@ -169,6 +169,16 @@ class RouterSpec:
         rounds_sum = self.renormalize and (self.renormalize_eps != 0 or self.renormalize_min != 0)
         return self.scoring_func == "softmax" and not (self.ranks_scores or rounds_sum or self.score_dtype == "input")
 
+    @functools.cached_property
+    def shares_among_selected(self) -> bool:
+        """Whether those shares are of the mass of the selected experts; otherwise of all."""
+        return self.renormalize or self.selected_score == "softmax"
+
+    @functools.cached_property
+    def fills_with_zero(self) -> bool:
+        """Whether experts outside of the kept groups rank as 0. Where logits stand for scores, that is -inf."""
+        return self.group_fill == "zero" and (self.ranks_scores or self.scoring_func == "none")
+
     @classmethod
     def from_config(cls, config: Any, *, layer: int | None = None) -> RouterSpec:
         """The router of a Hugging Face model.

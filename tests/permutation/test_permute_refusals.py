@@ -133,7 +133,7 @@ def test_local_ids_need_their_number_and_a_map():
         turnout.route(logits, SPEC, dataclasses.replace(local, sentinel=3), inputs)
     with pytest.raises(ValueError, match="num_local_experts=4 contradicts id_space='logical'"):
         turnout.Contract(num_local_experts=4)
-    with pytest.raises(NotImplementedError, match="id_space='physical'"):
+    with pytest.raises(ValueError, match=r"id_space='physical', but RoutingInputs\.logical_to_physical_map is missing"):
         turnout.route(logits, SPEC, turnout.Contract(id_space="physical"))
 
 

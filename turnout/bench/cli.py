@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json as json_module
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -60,7 +61,7 @@ def demo_command(
         def report_step(step: str) -> None:
             progress.update(task, description=step)
             if not progress.console.is_terminal:  # rich draws nothing there
-                typer.echo(step, err=True)
+                _say(step)
 
         result = run_demo(demo, report_step)
     result.show(Console(stderr=json))
@@ -95,7 +96,7 @@ def routing_command(
         result = run(num_experts, top_k, dtypes[dtype], vllm, rounds)
     except (FileNotFoundError, ValueError) as error:
         _refuse(str(error), error)
-    json.write_text(json_module.dumps(result, indent=1) + "\n")
+    _write(json, result)
     typer.echo(table(result))
 
 
@@ -115,9 +116,6 @@ def transformers_command(
 
     from turnout.bench.whole_model import Settings, run, table
 
-    def write(result: dict[str, object]) -> None:
-        json.write_text(json_module.dumps(result, indent=1) + "\n")
-
     try:
         settings = Settings(
             device=device,
@@ -128,7 +126,7 @@ def transformers_command(
             rounds=rounds,
             compiled=compiled,
         )
-        rows = run(settings, lambda step: typer.echo(step, err=True), write)
+        rows = run(settings, _say, functools.partial(_write, json))
     except ValueError as error:
         _refuse(str(error), error)
     Console(width=100).print(table(rows))
@@ -163,7 +161,7 @@ def scenarios_command(
     from turnout.bench.scenario_result import Result, Settings
 
     def write(result: Result) -> None:
-        json.write_text(json_module.dumps(result.to_json(), indent=1) + "\n")
+        _write(json, result.to_json())
 
     try:
         settings = Settings(
@@ -179,7 +177,7 @@ def scenarios_command(
             rounds=rounds,
             threads=threads,
         )
-        result = run(settings, lambda step: typer.echo(step, err=True), write)
+        result = run(settings, _say, write)
     except ValueError as error:
         _refuse(str(error), error)
     result.show(Console(width=130))
@@ -206,9 +204,6 @@ def layer_command(
     from turnout.bench.layer import Settings, run, table
     from turnout.bench.layer_case import Geometry
 
-    def write(result: dict[str, object]) -> None:
-        json.write_text(json_module.dumps(result, indent=1) + "\n")
-
     try:
         geometry = Geometry(
             num_experts=num_experts,
@@ -226,10 +221,18 @@ def layer_command(
             rounds=rounds,
             vllm_site=vllm_site,
         )
-        result = run(settings, write, lambda step: typer.echo(step, err=True))
+        result = run(settings, functools.partial(_write, json), _say)
     except ValueError as error:
         _refuse(str(error), error)
     typer.echo(table(result))
+
+
+def _say(step: str) -> None:
+    typer.echo(step, err=True)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json_module.dumps(result, indent=1) + "\n")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from turnout.bench.transformers_engine import Variant
 from turnout.bench.whole_model import check_agreement, decode_step
 from turnout.bench.whole_model_check import check_layers
 from turnout.integrations.transformers import explain
+from turnout.testing.expert_load import tokens_per_expert
 
 
 class TransformersEngine:
@@ -57,23 +58,12 @@ class TransformersEngine:
         step = decode_step(self.variants["stock"], scenario, self._prompts)
         checks = check_layers(self._stock, self.variants["turnout"].model, step)
         check_agreement(checks)
+        with tokens_per_expert(self._stock) as load:
+            self._stock(input_ids=self._prompts, use_cache=False, logits_to_keep=1)
         return {
-            "balance": dataclasses.asdict(balance_of(self._tokens_per_expert())),
+            "balance": dataclasses.asdict(balance_of(load)),
             "layer_checks": [dataclasses.asdict(check) for check in checks],
         }
-
-    def _tokens_per_expert(self) -> list[torch.Tensor]:
-        counts: list[torch.Tensor] = []
-        num_experts = self._stock.config.get_text_config().num_experts
-
-        def count(module: object, args: object, output: Any) -> None:
-            counts.append(output[2].flatten().bincount(minlength=num_experts).cpu())
-
-        handles = [layer.router.register_forward_hook(count) for layer in self._stock.model.layers]
-        self._stock(input_ids=self._prompts, use_cache=False, logits_to_keep=1)
-        for handle in handles:
-            handle.remove()
-        return counts
 
     def plan(self) -> list[str]:
         """What turnout does in each layer."""

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from turnout.device import REPLICA_HASH
 from turnout.device.keys import NAN, TAKEN, column_of, key_value, ordered_key, with_column, without_column
 from turnout.device.rounding import narrowed, widened
 from turnout.device.scores import capped, row_max, scores, softmax_total, without_nan
 from turnout.device.selection import best_groups_alone, given_experts, largest_keys
 from turnout.device.weights import scaled, selected_scores, softmax_shares
 
-_KNUTH = tl.constexpr(2654435769)  # floor(2^32 / golden ratio): a multiplicative hash
+_HASH = tl.constexpr(REPLICA_HASH)
 
 
 class Recipe(NamedTuple):
@@ -198,7 +199,7 @@ def with_bias(values, bias_ptr, columns, is_expert):
 @triton.jit
 def physical_ids(ids, physical_map_ptr, replica_count_ptr, rows, is_slot, RECIPE: tl.constexpr):
     """The replica of each logical expert that serves a row: the same for all its slots, spread by a hash of the row."""
-    hashed = (rows * _KNUTH).to(tl.uint32)[:, None]
+    hashed = (rows * _HASH).to(tl.uint32)[:, None]
     num_replicas = tl.maximum(tl.load(replica_count_ptr + ids, mask=is_slot, other=1), 1)
     replicas = hashed % num_replicas.to(tl.uint32)
     return tl.load(physical_map_ptr + ids.to(tl.int64) * RECIPE.num_replicas + replicas, mask=is_slot, other=-1)

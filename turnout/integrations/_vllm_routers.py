@@ -54,6 +54,10 @@ class Routable:
         """That parameter as it is now."""
         return None if self.scale_owner is None else self.scale_owner.per_expert_scale
 
+    def padding(self, num_tokens: int) -> torch.Tensor | None:
+        """The rows that it skips in the forward pass that runs."""
+        return padding_of(num_tokens) if self.skips_padding else None
+
     def inputs(self, input_ids: torch.Tensor | None, is_padding: torch.Tensor | None) -> RoutingInputs:
         """The tensors of one call."""
         bias = None if self.bias_owner is None else self.bias_owner.e_score_correction_bias
@@ -144,7 +148,7 @@ def _grouped(router: Any, num_columns: int) -> Routable:
 
 
 def _zero_expert(router: Any, num_columns: int) -> Routable:
-    """The ids past the experts are the zero experts'; `_vllm_zero_experts` does what else such a router does."""
+    """The ids past the experts are the zero experts'; `RouteWithZeroExperts` does what else such a router does."""
     spec = _plain_spec(
         router, num_columns, router.scoring_func,
         routed_scaling_factor=router.routed_scaling_factor, e_score_correction_bias=True,

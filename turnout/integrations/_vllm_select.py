@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from turnout.contracts import Contract
-from turnout.integrations._vllm_routers import Routable, padding_of
+from turnout.integrations._vllm_routers import Routable
 from turnout.routing.api import prepare, route, route_prepared
 
 # Of hidden_states [T, H], router_logits [T, E] and input_ids [T] or None.
@@ -35,7 +35,7 @@ class Route:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and ids."""
         known = self.known
-        is_padding = padding_of(router_logits.shape[0]) if known.skips_padding else None
+        is_padding = known.padding(router_logits.shape[0])
         if is_padding is None and known.is_plain:
             return route_prepared(router_logits, self.prepared, known.per_expert_scale())
         inputs = known.inputs(input_ids, is_padding)
@@ -55,14 +55,14 @@ class RouteToReplicas:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and ids."""
         state = self.router.eplb_state
-        is_padding = padding_of(router_logits.shape[0]) if self.known.skips_padding else None
+        is_padding = self.known.padding(router_logits.shape[0])
         inputs = dataclasses.replace(
             self.known.inputs(input_ids, is_padding),
             logical_to_physical_map=state.logical_to_physical_map,
             logical_replica_count=state.logical_replica_count,
             expert_load=state.expert_load_view,
             record_load=state.should_record_tensor,
-            num_counted_tokens=state.num_unpadded_tokens_tensors[_microbatch()],
+            num_counted_tokens=state.num_unpadded_tokens_tensors[_microbatch_of()()],
         )
         return route(router_logits, self.known.spec, self.contract, inputs)[:2]
 
@@ -80,7 +80,7 @@ class RouteWithZeroExperts:
         """Weights and ids of the other experts."""
         topk_weights, topk_ids = self.route(hidden_states, router_logits, input_ids)
         router = self.router
-        router._zero_expert_output = _zero_experts_compute(router)(
+        router._zero_expert_output = _zero_experts_compute_of(type(router).__module__)(
             expert_indices=topk_ids.clone(),  # written by that kernel
             expert_scales=topk_weights.clone(),
             num_experts=router.num_logical_experts,
@@ -149,16 +149,8 @@ def _zero_experts_compute_of(module: str) -> Callable[..., torch.Tensor]:
     return importlib.import_module(module).zero_experts_compute_triton  # type: ignore[no-any-return]
 
 
-def _zero_experts_compute(router: Any) -> Callable[..., torch.Tensor]:
-    return _zero_experts_compute_of(type(router).__module__)
-
-
 @functools.cache
 def _microbatch_of() -> Callable[[], int]:
     from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
     return dbo_current_ubatch_id  # type: ignore[no-any-return]
-
-
-def _microbatch() -> int:
-    return _microbatch_of()()

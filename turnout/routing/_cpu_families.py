@@ -9,6 +9,7 @@ import math
 import numpy as np
 from numba import carray, njit
 
+from turnout.device import REPLICA_HASH
 from turnout.device.polynomials import (
     EXP_COEFFICIENTS,
     EXP_MAX,
@@ -61,7 +62,6 @@ _EXP_MIN, _EXP_MAX, _LOG2_E = np.float32(EXP_MIN), np.float32(EXP_MAX), np.float
 _LN2_HIGH, _LN2_LOW = np.float32(LN2_HIGH), np.float32(LN2_LOW)
 _EXP = tuple(np.float32(coefficient) for coefficient in EXP_COEFFICIENTS)
 _LOG = tuple(np.float32(coefficient) for coefficient in LOG_COEFFICIENTS)
-_KNUTH = 2654435769  # as in reference.py
 
 
 @njit(nogil=True, cache=True)
@@ -307,7 +307,7 @@ def mapped(expert, row, call):
     if call.physical_map:  # the same replica for all slots of a row, spread by a hash of the row
         # No further than the map's row: what lies behind it is not ours to read.
         count = min(max(read_int(call.num_replicas, INT64, expert), 1), call.num_replicas_max)
-        replica = ((row * _KNUTH) & 0xFFFFFFFF) % count
+        replica = ((row * REPLICA_HASH) & 0xFFFFFFFF) % count
         return read_int(call.physical_map, INT64, expert * call.num_replicas_max + replica)
     return expert
 

@@ -67,7 +67,8 @@ def route(
     # A compiler sees through a cache, and warns of it.
     declarations = (check_declarations if torch.compiler.is_compiling() else prepare)(spec, contract)
     _check_logits(router_logits, spec)
-    _check_inputs(router_logits, spec, contract, inputs)
+    is_plain = _is_plain(inputs)
+    _check_inputs(router_logits, spec, contract, inputs, is_plain)
     if impl == "auto":
         impl = choose_impl(router_logits, spec.num_experts).impl
     else:
@@ -76,7 +77,7 @@ def route(
         router_logits, declarations, impl, inputs.per_expert_scale, inputs.is_padding, inputs.num_valid_tokens,
         inputs.expert_map,
     )  # fmt: skip
-    if not _is_plain(inputs):
+    if not is_plain:
         arguments += _further_arguments(inputs)
     if contract.structures:
         _check_structures(router_logits, spec, contract, inputs, out)
@@ -239,7 +240,9 @@ def _is_plain(inputs: RoutingInputs) -> bool:
     )  # fmt: skip
 
 
-def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs) -> None:
+def _check_inputs(
+    router_logits: torch.Tensor, spec: RouterSpec, contract: Contract, inputs: RoutingInputs, is_plain: bool
+) -> None:
     beside = ("router_logits", router_logits)
     scale = inputs.per_expert_scale
     if (scale is None) == spec.per_expert_scale:
@@ -252,7 +255,7 @@ def _check_inputs(router_logits: torch.Tensor, spec: RouterSpec, contract: Contr
         check_tensor("expert_map", inputs.expert_map, (spec.num_experts,), (torch.int32,), beside)
     if inputs.is_padding is not None or inputs.num_valid_tokens is not None:
         _check_padding(router_logits, contract, inputs)
-    if not _is_plain(inputs) or spec.e_score_correction_bias or spec.hash_routing or contract.id_space == "physical":
+    if not is_plain or spec.e_score_correction_bias or spec.hash_routing or contract.id_space == "physical":
         check_further_inputs(router_logits, spec, contract, inputs)
 
 

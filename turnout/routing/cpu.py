@@ -25,7 +25,6 @@ LOGITS_PER_THREAD = 1 << 15
 # Codes that the kernel knows dtypes by.
 _FLOAT_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _IDS_CODE = {torch.int16: 0, torch.int32: 1, torch.uint32: 1, torch.int64: 2}
-_NONE = frozenset((None,))
 
 
 def launch(
@@ -41,7 +40,7 @@ def launch(
         raise ValueError(
             f"impl='cpu' needs logits on a CPU, got {router_logits.device}; use impl='triton' or impl='auto'"
         )
-    if _is_plain_softmax(spec) and _NONE.issuperset(tensors[4:]):
+    if _is_plain_softmax(spec) and tensors.are_plain():
         run = _plain_run(router_logits, spec, contract, tensors, topk_weights, topk_ids)
     else:
         run = _family_run(router_logits, spec, contract, tensors, topk_weights, topk_ids)
@@ -117,7 +116,6 @@ def _family(spec: RouterSpec, dtype: torch.dtype) -> np.ndarray:
     """What the kernel of all families reads of a spec, for logits of a dtype."""
     from turnout.routing import _cpu_families as kernel
 
-    fills_with_zero = spec.group_fill == "zero" and (spec.ranks_scores or spec.scoring_func == "none")
     scoring = {
         "softmax": kernel.SOFTMAX, "sigmoid": kernel.SIGMOID, "sqrtsoftplus": kernel.SQRTSOFTPLUS,
         "none": kernel.NO_SCORE,
@@ -127,9 +125,10 @@ def _family(spec: RouterSpec, dtype: torch.dtype) -> np.ndarray:
         spec.num_experts, spec.top_k, spec.num_expert_group, spec.topk_group, scoring,
         _FLOAT_CODE[dtype] if rounds_scores else 0, _FLOAT_CODE[dtype] if rounds_weights else 0, spec.ranks_scores,
         spec.group_score == "top2_sum", spec.weighs_by_shares, spec.selected_score == "sigmoid",
-        spec.renormalize or spec.selected_score == "softmax", spec.renormalize, spec.divide_by_top_k,
+        spec.shares_among_selected, spec.renormalize, spec.divide_by_top_k,
         spec.logit_scale, spec.logit_softcap or 0.0, torch.finfo(dtype if rounds_scores else torch.float32).max,
-        0.0 if fills_with_zero else -np.inf, spec.renormalize_eps, spec.renormalize_min, spec.routed_scaling_factor,
+        0.0 if spec.fills_with_zero else -np.inf,
+        spec.renormalize_eps, spec.renormalize_min, spec.routed_scaling_factor,
     )], kernel.FAMILY)  # fmt: skip
 
 

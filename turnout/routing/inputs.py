@@ -27,3 +27,10 @@ class RoutingTensors(NamedTuple):
     num_counted_tokens: torch.Tensor | None = None
     expert_load: torch.Tensor | None = None  # added to
     replay_ids: torch.Tensor | None = None  # written
+
+    def are_plain(self) -> bool:
+        """Whether those from the fifth on, which most routers lack, are None; asked at every call, so in one step."""
+        return _NONE.issuperset(self[4:])
+
+
+_NONE = frozenset((None,))

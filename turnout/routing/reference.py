@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from turnout.contracts import Contract
+from turnout.device import REPLICA_HASH
 from turnout.routing.inputs import RoutingTensors
 from turnout.routing.scores import capped, scores, sigmoid, tree_sum
 from turnout.spec import RouterSpec
-
-_KNUTH = 2654435769  # floor(2^32 / golden ratio): a multiplicative hash
 
 
 def route_reference(
@@ -46,8 +45,7 @@ def select(
             ranked = ranked + bias.float()
         ranked = torch.where(logits.isnan(), torch.nan, ranked)
     if spec.topk_group < spec.num_expert_group:
-        fill = 0.0 if spec.group_fill == "zero" and (spec.ranks_scores or spec.scoring_func == "none") else -torch.inf
-        ranked = torch.where(in_best_groups(ranked, spec), ranked, fill)
+        ranked = torch.where(in_best_groups(ranked, spec), ranked, 0.0 if spec.fills_with_zero else -torch.inf)
     return descending(ranked)[:, : spec.top_k]
 
 
@@ -86,10 +84,9 @@ def weigh(values: torch.Tensor, topk_ids: torch.Tensor, spec: RouterSpec, dtype:
 
 def softmax_shares(values: torch.Tensor, selected: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
     """The softmax of the selected values among themselves, or among all."""
-    among_selected = spec.renormalize or spec.selected_score == "softmax"
-    best = (selected if among_selected else values).amax(dim=1, keepdim=True)
+    best = (selected if spec.shares_among_selected else values).amax(dim=1, keepdim=True)
     mass = unnormalized_softmax(selected, best)
-    if among_selected:
+    if spec.shares_among_selected:
         total = tree_sum(mass)
     else:
         total = tree_sum(unnormalized_softmax(values, best))
@@ -150,7 +147,7 @@ def physical_ids(ids: torch.Tensor, tensors: RoutingTensors) -> torch.Tensor:
     """The replica of each logical expert that serves a row: the same for all its slots, spread by a hash of the row."""
     assert tensors.logical_to_physical_map is not None
     assert tensors.logical_replica_count is not None
-    hashed = (torch.arange(len(ids), device=ids.device) * _KNUTH) & 0xFFFFFFFF
+    hashed = (torch.arange(len(ids), device=ids.device) * REPLICA_HASH) & 0xFFFFFFFF
     num_replicas = tensors.logical_replica_count.long()[ids].clamp_min(1)
     return tensors.logical_to_physical_map.long()[ids, hashed[:, None] % num_replicas]
 

@@ -69,7 +69,6 @@ def choose_tile(num_tokens: int, block_e: int) -> Tile:
 
 _ONE_ROW = Tile(1, 1)
 _next_power_of_2 = functools.cache(triton.next_power_of_2)
-_NONE = frozenset((None,))
 _NOTHING = (None,) * (len(RoutingTensors._fields) - 4), 0, None
 # Kernels with their constant arguments, by all that they are specialised on: Triton's own look-up takes longer.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -97,7 +96,7 @@ def launch(
     padding_at = None if is_padding is None else is_padding.data_ptr()
     valid_at = None if num_valid is None else num_valid.data_ptr()
     map_at = None if expert_map is None else expert_map.data_ptr()
-    further_at, further_bits, further_kinds = _NOTHING if _NONE.issuperset(tensors[4:]) else _described(tensors)
+    further_at, further_bits, further_kinds = _NOTHING if tensors.are_plain() else _described(tensors)
     # Triton specialises on pointers that are multiples of 16; torch allocates no others, a view may be one.
     optional = (scale_at or 0) | (padding_at or 0) | (valid_at or 0) | (map_at or 0) | further_bits
     remainder = (logits_at | weights_at | ids_at | optional) % 16
@@ -166,10 +165,10 @@ def recipe_of(
         num_expert_group=spec.num_expert_group,
         topk_group=spec.topk_group,
         group_score=spec.group_score,
-        fills_with_zero=spec.group_fill == "zero" and (spec.ranks_scores or spec.scoring_func == "none"),
+        fills_with_zero=spec.fills_with_zero,
         weighs_by_shares=spec.weighs_by_shares,
         selected_score=spec.selected_score,
-        shares_among_selected=spec.renormalize or spec.selected_score == "softmax",
+        shares_among_selected=spec.shares_among_selected,
         renormalize=spec.renormalize,
         renormalize_eps=spec.renormalize_eps,
         renormalize_min=spec.renormalize_min,
