@@ -28,6 +28,7 @@ LAYERS = [
         "catalogue_own",
         "catalogue_vllm",
         "impls",
+        "operators",
         "threads",
     },
     {*ROOMS, "router", "testing"},

@@ -52,7 +52,7 @@ def combine(
     else:
         check_impl(impl, IMPLS)
     if out is None:
-        return _ops.combine(rows, topk_weights, inv_permuted_idx, impl)  # type: ignore[no-any-return]
+        return _ops.combine(rows, topk_weights, inv_permuted_idx, impl)
     shape = (topk_weights.shape[0], rows.shape[1])
     check_tensor("out", out, shape, (expert_out.dtype,), ("expert_out", expert_out))
     _ops.combine_out(rows, topk_weights, inv_permuted_idx, impl, out=out)

@@ -77,7 +77,7 @@ def experts(
     structures = routing[2:] if any(structure is not None for structure in routing[2:]) else ()
     arguments = (hidden_states, *weights, *routing[:2], structures, spec.key, impl, batch_invariant)
     if out is None:
-        return _ops.experts(*arguments)  # type: ignore[no-any-return]
+        return _ops.experts(*arguments)
     check_tensor("out", out, hidden_states.shape, (hidden_states.dtype,), ("hidden_states", hidden_states))
     _ops.experts_out(*arguments, out=out)
     return out

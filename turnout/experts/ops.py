@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from turnout.impls import check_apart, launch_of, module_of
+from turnout.operators import operator
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
 
@@ -21,26 +22,29 @@ _INPUTS = (
     "Tensor? gate_up_scale, Tensor? down_scale, Tensor topk_weights, Tensor topk_ids, Tensor?[] structures, "
     "str spec, str impl, bool batch_invariant"
 )
-torch.library.define("turnout::experts", f"({_INPUTS}) -> Tensor")
-torch.library.define("turnout::experts_out", f"({_INPUTS}, *, Tensor(a!) out) -> ()")
-# Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
-for _operator in ("experts", "experts_out"):
-    torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
-experts, experts_out = torch.ops.turnout.experts.default, torch.ops.turnout.experts_out.default
 
 _spec_of = functools.cache(ExpertsSpec.from_key)
 _NUM_WEIGHTS = len(ExpertsWeights._fields)
 
 
-@torch.library.impl("turnout::experts", "CompositeExplicitAutograd")
-def _experts(hidden_states: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def _allocate(hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
+    num_tokens, hidden_size = hidden_states.shape
+    return torch.empty_strided(
+        (num_tokens, hidden_size), (hidden_size, 1), dtype=hidden_states.dtype, device=hidden_states.device
+    )
+
+
+@operator(f"turnout::experts({_INPUTS}) -> Tensor", _allocate)
+def experts(hidden_states: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """The experts' sum in a new buffer."""
     out = _allocate(hidden_states)
     _run(hidden_states, arguments, out)
     return out
 
 
-@torch.library.impl("turnout::experts_out", "CompositeExplicitAutograd")
-def _experts_out(hidden_states: torch.Tensor, *arguments: Any, out: torch.Tensor) -> None:
+@operator(f"turnout::experts_out({_INPUTS}, *, Tensor(a!) out) -> ()", lambda *_, out: None)
+def experts_out(hidden_states: torch.Tensor, *arguments: Any, out: torch.Tensor) -> None:
+    """The experts' sum in the buffer given."""
     check_apart(out, "hidden_states", hidden_states)
     _run(hidden_states, arguments, out)
 
@@ -62,20 +66,3 @@ def _launch_of(impl: str, is_quantized: bool, batch_invariant: bool) -> Callable
     if not batch_invariant or not hasattr(module_of("experts", impl), name):
         name = "launch"
     return launch_of("experts", impl, name)
-
-
-def _allocate(hidden_states: torch.Tensor) -> torch.Tensor:
-    num_tokens, hidden_size = hidden_states.shape
-    return torch.empty_strided(
-        (num_tokens, hidden_size), (hidden_size, 1), dtype=hidden_states.dtype, device=hidden_states.device
-    )
-
-
-@torch.library.register_fake("turnout::experts")
-def _experts_fake(hidden_states: torch.Tensor, *_: object) -> torch.Tensor:
-    return _allocate(hidden_states)
-
-
-@torch.library.register_fake("turnout::experts_out")
-def _experts_out_fake(*_: object, out: torch.Tensor) -> None:
-    return None

@@ -13,61 +13,52 @@ import torch
 from turnout.contracts import STRUCTURES, Contract
 from turnout.device import SCHEDULE_BLOCK_SIZES
 from turnout.impls import launch_of
+from turnout.operators import operator
 from turnout.routing import ops as _routing
 from turnout.routing.inputs import RoutingTensors
 from turnout.types import Permutation, Routing
 
 _INPUTS = "Tensor topk_ids, Tensor? topk_weights, int num_experts, str contract, str impl"
-torch.library.define("turnout::permute", f"({_INPUTS}) -> Tensor[]")
-torch.library.define("turnout::route_permuted", f"({_routing.INPUTS}) -> Tensor[]")
-# Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
-for _operator in ("permute", "route_permuted"):
-    torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
-permute, route_permuted = torch.ops.turnout.permute.default, torch.ops.turnout.route_permuted.default
 
 contract_of = functools.cache(Contract.from_key)
 
 
-@torch.library.impl("turnout::permute", "CompositeExplicitAutograd")
-def _permute(
-    topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int, contract: str, impl: str
-) -> list[torch.Tensor]:
-    declared = contract_of(contract)
-    buffers = allocate(topk_ids, topk_ids.shape[1], num_experts, declared)
-    launch_of("permutation", impl)(topk_ids, topk_weights, num_experts, declared, permutation_of(buffers, declared))
-    return buffers
-
-
-@torch.library.register_fake("turnout::permute")
 def _permute_fake(
     topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int, contract: str, impl: str
 ) -> list[torch.Tensor]:
     return allocate(topk_ids, topk_ids.shape[1], num_experts, contract_of(contract))
 
 
-@torch.library.impl("turnout::route_permuted", "CompositeExplicitAutograd")
-def _route_permuted(
+@operator(f"turnout::permute({_INPUTS}) -> Tensor[]", _permute_fake)
+def permute(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int, contract: str, impl: str
+) -> list[torch.Tensor]:
+    """The structures of the contract, in new buffers."""
+    declared = contract_of(contract)
+    buffers = allocate(topk_ids, topk_ids.shape[1], num_experts, declared)
+    launch_of("permutation", impl)(topk_ids, topk_weights, num_experts, declared, permutation_of(buffers, declared))
+    return buffers
+
+
+def _allocate_routing(router_logits: torch.Tensor, declarations: str, *_: object) -> list[torch.Tensor]:
+    spec, contract = _routing.declared(declarations)
+    structures = allocate(router_logits, spec.top_k, contract.num_ids(spec.num_experts), contract)
+    return [*_routing.allocate(router_logits, spec, contract), *structures]
+
+
+@operator(f"turnout::route_permuted({_routing.INPUTS}) -> Tensor[]", _allocate_routing)
+def route_permuted(
     router_logits: torch.Tensor,
     declarations: str,
     impl: str,
     *tensors: torch.Tensor | None,
 ) -> list[torch.Tensor]:
+    """Weights, ids and the structures of the contract, in new buffers."""
     spec, contract = _routing.declared(declarations)
     results = _allocate_routing(router_logits, declarations)
     routing = routing_of(results, contract)
     launch_of("permutation", impl, "launch_routed")(router_logits, spec, contract, RoutingTensors(*tensors), routing)
     return results
-
-
-@torch.library.register_fake("turnout::route_permuted")
-def _route_permuted_fake(router_logits: torch.Tensor, declarations: str, *_: object) -> list[torch.Tensor]:
-    return _allocate_routing(router_logits, declarations)
-
-
-def _allocate_routing(router_logits: torch.Tensor, declarations: str) -> list[torch.Tensor]:
-    spec, contract = _routing.declared(declarations)
-    structures = allocate(router_logits, spec.top_k, contract.num_ids(spec.num_experts), contract)
-    return [*_routing.allocate(router_logits, spec, contract), *structures]
 
 
 def permutation_of(buffers: list[torch.Tensor], contract: Contract) -> Permutation:

@@ -142,7 +142,7 @@ def remapped_experts(
         impl = choose_impl(rows, num_experts).impl
     else:
         check_impl(impl, IMPLS)
-    return _ops.remapped_experts(rows, tokens_per_expert, spec.key, impl, *weights[:4])  # type: ignore[no-any-return]
+    return _ops.remapped_experts(rows, tokens_per_expert, spec.key, impl, *weights[:4])
 
 
 def choose_impl(tensor: torch.Tensor, num_experts: int) -> Choice:

@@ -7,10 +7,12 @@ on them. Which implementation runs is an argument, so that a compiled graph runs
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from turnout.impls import launch_of
+from turnout.operators import operator
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights
 
@@ -21,30 +23,14 @@ _EXPERTS_INPUTS = (
     "Tensor rows, Tensor tokens_per_expert, str spec, str impl, Tensor gate_up_proj, Tensor down_proj, "
     "Tensor? gate_up_bias, Tensor? down_bias"
 )
-torch.library.define(
-    "turnout::remap",
-    f"({_REMAP_INPUTS}) -> (Tensor rows, Tensor tokens_per_expert, Tensor inv_permuted_idx, Tensor scales)",
-)
-torch.library.define(
-    "turnout::remap_out",
-    f"({_REMAP_INPUTS}, *, Tensor(a!) rows, Tensor(b!) tokens_per_expert, Tensor(c!) inv_permuted_idx, "
-    "Tensor(d!)? scales) -> ()",
-)
-torch.library.define("turnout::remapped_experts", f"({_EXPERTS_INPUTS}) -> Tensor")
-# Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
-for _operator in ("remap", "remap_out", "remapped_experts"):
-    torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
-remap = torch.ops.turnout.remap.default
-remap_out = torch.ops.turnout.remap_out.default
-remapped_experts = torch.ops.turnout.remapped_experts.default
-
+_RESULTS = "Tensor rows, Tensor tokens_per_expert, Tensor inv_permuted_idx, Tensor scales"
+_BUFFERS = "Tensor(a!) rows, Tensor(b!) tokens_per_expert, Tensor(c!) inv_permuted_idx, Tensor(d!)? scales"
 
 _spec_of = functools.cache(ExpertsSpec.from_key)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-@torch.library.impl("turnout::remap", "CompositeExplicitAutograd")
-def _remap(
+def _remap_fake(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
     num_experts: int,
@@ -52,13 +38,26 @@ def _remap(
     expert_map: torch.Tensor | None,
     hidden_states_scales: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
+    return _allocate(hidden_states, topk_ids, num_experts, hidden_states_scales)
+
+
+@operator(f"turnout::remap({_REMAP_INPUTS}) -> ({_RESULTS})", _remap_fake)
+def remap(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    impl: str,
+    expert_map: torch.Tensor | None,
+    hidden_states_scales: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Rows, counts, order and scales in new buffers."""
     out = _allocate(hidden_states, topk_ids, num_experts, hidden_states_scales)
     _run(impl, (hidden_states, topk_ids, expert_map, hidden_states_scales), out)
     return out
 
 
-@torch.library.impl("turnout::remap_out", "CompositeExplicitAutograd")
-def _remap_out(
+@operator(f"turnout::remap_out({_REMAP_INPUTS}, *, {_BUFFERS}) -> ()", lambda *_, **out: None)
+def remap_out(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
     num_experts: int,
@@ -66,6 +65,7 @@ def _remap_out(
     *optional: torch.Tensor | None,
     **out: torch.Tensor | None,
 ) -> None:
+    """Rows, counts, order and scales in the buffers given."""
     _run(impl, (hidden_states, topk_ids, *optional), (*out.values(),))
 
 
@@ -98,32 +98,16 @@ def _allocate(
     )
 
 
-@torch.library.register_fake("turnout::remap")
-def _remap_fake(
-    hidden_states: torch.Tensor,
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    impl: str,
-    expert_map: torch.Tensor | None,
-    hidden_states_scales: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    return _allocate(hidden_states, topk_ids, num_experts, hidden_states_scales)
-
-
-@torch.library.register_fake("turnout::remap_out")
-def _remap_out_fake(*_: object, **__: object) -> None:
-    return None
-
-
-@torch.library.impl("turnout::remapped_experts", "CompositeExplicitAutograd")
-def _remapped_experts(
-    rows: torch.Tensor, tokens_per_expert: torch.Tensor, spec: str, impl: str, *weights: torch.Tensor
-) -> torch.Tensor:
+def _like_rows(rows: torch.Tensor, *_: object) -> torch.Tensor:
     out: torch.Tensor = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    launch_of("remap", impl, "launch_experts")(rows, tokens_per_expert, ExpertsWeights(*weights), _spec_of(spec), out)
     return out
 
 
-@torch.library.register_fake("turnout::remapped_experts")
-def _remapped_experts_fake(rows: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+@operator(f"turnout::remapped_experts({_EXPERTS_INPUTS}) -> Tensor", _like_rows)
+def remapped_experts(
+    rows: torch.Tensor, tokens_per_expert: torch.Tensor, spec: str, impl: str, *weights: Any
+) -> torch.Tensor:
+    """The experts' outputs, row for row, in a new buffer."""
+    out = _like_rows(rows)
+    launch_of("remap", impl, "launch_experts")(rows, tokens_per_expert, ExpertsWeights(*weights), _spec_of(spec), out)
+    return out

@@ -56,7 +56,9 @@ def _check_given_ids(router_logits: torch.Tensor, spec: RouterSpec, inputs: Rout
             refuse_mismatch("the spec", "hash_routing", spec.hash_routing, name, given)
     if inputs.tid2eid is not None and inputs.input_ids is not None:
         check_tensor("input_ids", inputs.input_ids, (num_tokens,), INTEGERS, beside)
-        check_tensor("tid2eid", inputs.tid2eid, (inputs.tid2eid.shape[0], spec.top_k), INTEGERS, beside)
+        check_tensor("tid2eid", inputs.tid2eid, (None, spec.top_k), INTEGERS, beside)
+        if inputs.tid2eid.shape[0] == 0:
+            raise ValueError("tid2eid has no rows, and must have one for each token id of the vocabulary")
     if inputs.forced_ids is None:
         return
     if spec.hash_routing:

@@ -253,7 +253,7 @@ def take_given_ids(row, family, call, ids):
 def share(values, ids, family, weights, scratch):
     """The softmax of the selected values among themselves, or among all."""
     for k in range(family.top_k):
-        weights[k] = values[max(ids[k], 0)]
+        weights[k] = values[ids[k]] if ids[k] >= 0 else -_INF
     best = largest(weights[: family.top_k]) if family.among_selected else largest(values)
     for k in range(family.top_k):
         weights[k] = unnormalized_softmax(weights[k], best)
@@ -274,8 +274,10 @@ def share(values, ids, family, weights, scratch):
 def weigh_scores(values, ids, best, total, family, weights, scratch):
     """The scores of the selected experts, renormalised where the spec says so."""
     for k in range(family.top_k):
-        value = values[max(ids[k], 0)]
-        weights[k] = sigmoid(value) if family.sigmoid_of_selected else score(value, best, total, family)
+        weights[k] = _ZERO
+        if ids[k] >= 0:
+            value = values[ids[k]]
+            weights[k] = sigmoid(value) if family.sigmoid_of_selected else score(value, best, total, family)
         scratch[k] = weights[k]
     if family.renormalize:
         norm = max(tree_sum(scratch, family.top_k) + family.renormalize_eps, family.renormalize_min)

@@ -176,9 +176,7 @@ def route_prepared(
         _refuse_dtype(router_logits)
     check_grad("router_logits", router_logits)
     impl = choose_impl(router_logits, router_logits.shape[1]).impl
-    return _ops.route(  # type: ignore[no-any-return]
-        router_logits, prepared, impl, per_expert_scale, None, None, None
-    )
+    return _ops.route(router_logits, prepared, impl, per_expert_scale, None, None, None)
 
 
 def choose_impl(tensor: torch.Tensor, num_experts: int) -> Choice:

@@ -12,6 +12,7 @@ import torch
 
 from turnout.contracts import Contract
 from turnout.impls import launch_of
+from turnout.operators import operator
 from turnout.routing.inputs import RoutingTensors
 from turnout.spec import RouterSpec
 
@@ -27,12 +28,6 @@ _BUFFERS = (
     "Tensor? record_load=None, Tensor? num_counted_tokens=None, Tensor(c!)? expert_load=None, "
     "Tensor(d!)? replay_ids=None, Tensor(a!) topk_weights, Tensor(b!) topk_ids"
 )
-torch.library.define("turnout::route", f"({INPUTS}) -> (Tensor topk_weights, Tensor topk_ids)")
-torch.library.define("turnout::route_out", f"({INPUTS}, *, {_BUFFERS}) -> ()")
-# Nothing here is differentiable, and callers refuse what requires grad: autograd's own fallback is time lost.
-for _operator in ("route", "route_out"):
-    torch.library.impl(f"turnout::{_operator}", "Autograd")(torch.library.fallthrough_kernel)
-route, route_out = torch.ops.turnout.route.default, torch.ops.turnout.route_out.default
 
 
 def declarations(spec: RouterSpec, contract: Contract) -> str:
@@ -50,33 +45,6 @@ def declared(declarations: str) -> tuple[RouterSpec, Contract]:
 _launch_of = functools.cache(functools.partial(launch_of, "routing"))
 
 
-@torch.library.impl("turnout::route", "CompositeExplicitAutograd")
-def _route(
-    router_logits: torch.Tensor,
-    declarations: str,
-    impl: str,
-    *tensors: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    spec, contract = declared(declarations)
-    topk_weights, topk_ids = allocate(router_logits, spec, contract)
-    _launch_of(impl)(router_logits, spec, contract, RoutingTensors(*tensors), topk_weights, topk_ids)
-    return topk_weights, topk_ids
-
-
-@torch.library.impl("turnout::route_out", "CompositeExplicitAutograd")
-def _route_out(
-    router_logits: torch.Tensor,
-    declarations: str,
-    impl: str,
-    *tensors: torch.Tensor | None,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    **buffers: torch.Tensor | None,
-) -> None:
-    spec, contract = declared(declarations)
-    _launch_of(impl)(router_logits, spec, contract, RoutingTensors(*tensors, **buffers), topk_weights, topk_ids)
-
-
 def allocate(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract) -> tuple[torch.Tensor, torch.Tensor]:
     """Buffers for weights and ids."""
     shape, strides, device = (router_logits.shape[0], spec.top_k), (spec.top_k, 1), router_logits.device
@@ -86,11 +54,34 @@ def allocate(router_logits: torch.Tensor, spec: RouterSpec, contract: Contract) 
     )
 
 
-@torch.library.register_fake("turnout::route")
 def _route_fake(router_logits: torch.Tensor, declarations: str, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return allocate(router_logits, *declared(declarations))
 
 
-@torch.library.register_fake("turnout::route_out")
-def _route_out_fake(*_: object, **buffers: object) -> None:
-    return None
+@operator(f"turnout::route({INPUTS}) -> (Tensor topk_weights, Tensor topk_ids)", _route_fake)
+def route(
+    router_logits: torch.Tensor,
+    declarations: str,
+    impl: str,
+    *tensors: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids in new buffers."""
+    spec, contract = declared(declarations)
+    topk_weights, topk_ids = allocate(router_logits, spec, contract)
+    _launch_of(impl)(router_logits, spec, contract, RoutingTensors(*tensors), topk_weights, topk_ids)
+    return topk_weights, topk_ids
+
+
+@operator(f"turnout::route_out({INPUTS}, *, {_BUFFERS}) -> ()", lambda *_, **buffers: None)
+def route_out(
+    router_logits: torch.Tensor,
+    declarations: str,
+    impl: str,
+    *tensors: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    **buffers: torch.Tensor | None,
+) -> None:
+    """Weights and ids in the buffers given; load and replay in theirs."""
+    spec, contract = declared(declarations)
+    _launch_of(impl)(router_logits, spec, contract, RoutingTensors(*tensors, **buffers), topk_weights, topk_ids)

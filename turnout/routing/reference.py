@@ -20,7 +20,7 @@ def route_reference(
         topk_ids = select(router_logits.float(), values, spec, tensors.e_score_correction_bias, router_logits.dtype)
     else:
         topk_ids = given_ids(tensors.given_ids, tensors.input_ids, spec.num_experts)
-    weights = weigh(values, topk_ids.clamp_min(0), spec, router_logits.dtype)
+    weights = weigh(values, topk_ids, spec, router_logits.dtype)
     if tensors.per_expert_scale is not None:
         weights = weights * tensors.per_expert_scale.float()[topk_ids.clamp_min(0)]
     weights = weights * spec.routed_scaling_factor
@@ -69,13 +69,15 @@ def given_ids(table: torch.Tensor, input_ids: torch.Tensor | None, num_experts: 
 
 
 def weigh(values: torch.Tensor, topk_ids: torch.Tensor, spec: RouterSpec, dtype: torch.dtype) -> torch.Tensor:
-    """The weights [T, K] of the selected experts, before the factors on them."""
-    selected = values.gather(1, topk_ids)
+    """The weights [T, K] of the selected experts, before the factors on them; the norm leaves out what is no expert."""
+    is_none, topk_ids = topk_ids < 0, topk_ids.clamp_min(0)
+    selected = values.gather(1, topk_ids).masked_fill(is_none, -torch.inf)
     if spec.weighs_by_shares:
         return softmax_shares(values, selected, spec)
     by_selected = spec.selected_score == "sigmoid"
     weights = sigmoid(selected) if by_selected else scores(values, spec, dtype).gather(1, topk_ids)
     if spec.renormalize:
+        weights = weights.masked_fill(is_none, 0.0)
         total = (tree_sum(weights) + spec.renormalize_eps).clamp_min(spec.renormalize_min)
         # Where nothing selected has any weight, all K share equally.
         weights = torch.where(total == 0, 1 / spec.top_k, weights / torch.where(total == 0, 1.0, total))

@@ -1,0 +1,131 @@
+"""Operators are called past torch's dispatcher, unless something looks on that would not see them then."""
+
+import pytest
+import torch
+import torch.utils._python_dispatch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import turnout
+from turnout.operators import operator, something_looks_on
+from turnout.routing import ops
+
+SPEC, CONTRACT = turnout.RouterSpec(num_experts=8, top_k=2), turnout.Contract()
+LOGITS = torch.randn(3, 8)
+
+
+def route(logits=LOGITS):
+    return turnout.route(logits, SPEC, CONTRACT)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose own data are of no meaning."""
+
+    seen = ()
+
+    @staticmethod
+    def __new__(cls, inner):
+        wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapped.inner = inner
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, arguments, keywords=None):
+        cls.seen = (*cls.seen, str(operator))
+        return operator(*[each.inner if isinstance(each, cls) else each for each in arguments], **(keywords or {}))
+
+
+class SeesOperators(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.seen.append(str(operator))
+        return operator(*arguments, **(keywords or {}))
+
+
+class SeesFunctions(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        self.seen.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.fixture(scope="module")
+def declared_here():
+    """An operator that notes the strings it is handed: the dispatcher hands on copies."""
+    handed = []
+
+    @operator("turnout::test_notes(Tensor tensor, str word) -> Tensor", lambda tensor, word: tensor.clone())
+    def notes(tensor, word):
+        handed.append(word)
+        return tensor.clone()
+
+    return notes, handed
+
+
+def passes_the_dispatcher(declared_here, tensor):
+    notes, handed = declared_here
+    word = "".join(["not", " interned"])
+    notes(tensor, word)
+    return handed[-1] is not word
+
+
+def test_plain_calls_do_not_go_through_the_dispatcher(declared_here):
+    assert not something_looks_on()
+    assert not passes_the_dispatcher(declared_here, torch.ones(2))
+    assert not passes_the_dispatcher(declared_here, torch.nn.Parameter(torch.ones(2), requires_grad=False))
+
+
+def test_profiled_calls_do(declared_here):
+    with torch.profiler.profile() as profile:
+        assert passes_the_dispatcher(declared_here, torch.ones(2))
+        route()
+    assert {"turnout::test_notes", "turnout::route"} <= {event.key for event in profile.key_averages()}
+    assert not passes_the_dispatcher(declared_here, torch.ones(2))
+
+
+@pytest.mark.parametrize("mode", [SeesOperators, SeesFunctions])
+def test_modes_see_operators(mode):
+    with mode() as looking:
+        route()
+    assert looking.seen.count("turnout.route.default") == 1
+
+
+def test_subclasses_of_tensors_see_operators():
+    result = ops.route(Wrapped(LOGITS), ops.declarations(SPEC, CONTRACT), "cpu")
+    assert Wrapped.seen == ("turnout.route.default",)
+    assert torch.equal(result[1], route().topk_ids)
+
+
+def test_a_subclass_among_the_structures_is_seen():
+    """In a tuple, as experts take them."""
+    from turnout.operators import are_plain
+
+    assert are_plain((LOGITS, None, "cpu", 1, (LOGITS, None)))
+    assert not are_plain((LOGITS, (None, Wrapped(LOGITS))))
+
+
+def test_tracers_see_operators():
+    graph = make_fx(lambda logits: tuple(route(logits)[:2]))(LOGITS).graph
+    assert torch.ops.turnout.route.default in {node.target for node in graph.nodes}
+    traced = torch.jit.trace(lambda logits: tuple(route(logits)[:2]), LOGITS, check_trace=False)
+    other = torch.randn(3, 8)
+    assert torch.equal(traced(other)[1], route(other).topk_ids)
+
+
+def test_vmap_computes_each_batch_by_itself():
+    batches = torch.randn(2, 3, 8)
+    ids = torch.vmap(lambda logits: route(logits).topk_ids)(batches)
+    assert torch.equal(ids, torch.stack([route(logits).topk_ids for logits in batches]))
+
+
+def test_operators_that_write_are_seen_by_autograd():
+    weights, ids = torch.full((3, 2), torch.nan), torch.full((3, 2), -9, dtype=torch.int32)
+    before = weights._version
+    turnout.route(LOGITS, SPEC, CONTRACT, out=(weights, ids))
+    assert weights._version > before
+    assert torch.equal(ids, route().topk_ids)
