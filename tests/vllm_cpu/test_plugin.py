@@ -143,38 +143,41 @@ def test_the_simulator_crashes_stock_experts_on_a_cpu_and_runs_with_the_plugin(e
 
 
 def test_registering_twice_changes_nothing(engine):
-    from vllm.model_executor.custom_op import op_registry_oot
-
-    registered = op_registry_oot["MoERunner"]
+    constructor = _vllm_runner.stock_runner().__init__
+    assert constructor.is_turnout
     plugin.register()
-    assert op_registry_oot["MoERunner"] is registered
+    assert _vllm_runner.stock_runner().__init__ is constructor
 
 
 @pytest.fixture
-def nothing_registered(engine, monkeypatch):
-    from vllm.model_executor.custom_op import op_registry_oot
+def constructor(engine, monkeypatch):
+    """vLLM's own, with nothing registered."""
+    stock = _vllm_runner.stock_runner()
+    constructor = stock.__init__.__wrapped__
+    monkeypatch.setattr(stock, "__init__", constructor)
+    return constructor
 
-    monkeypatch.delitem(op_registry_oot, "MoERunner")
-    yield op_registry_oot
-    op_registry_oot.pop("MoERunner", None)
 
-
-def test_an_unknown_function_of_vllm_makes_it_step_aside(nothing_registered, monkeypatch, log):
+def test_an_unknown_function_of_vllm_makes_it_step_aside(constructor, monkeypatch, log):
     name = ("router.base_router", "BaseRouter._select_experts")
     monkeypatch.setitem(_vllm_runner._SIGNATURES, name, ("hidden_states", "logits"))
     plugin.register()
-    assert "MoERunner" not in nothing_registered
+    assert _vllm_runner.stock_runner().__init__ is constructor
     assert len(log.messages) == 1
     assert "does not know this version of vLLM" in log.messages[0]
     assert "BaseRouter._select_experts: wanted (hidden_states, logits, ...), found (hidden_states, " in log.messages[0]
 
 
-def test_another_tools_runner_makes_it_step_aside(nothing_registered, log):
-    other = type("OtherRunner", (_vllm_runner.stock_runner(),), {})
-    nothing_registered["MoERunner"] = other
+def test_runners_of_vllm_are_bound_under_any_name_and_another_tools_left_alone(constructor, monkeypatch, log):
+    stock, bound = _vllm_runner.stock_runner(), []
+    monkeypatch.setattr(stock, "__init__", lambda self, layer_name=0, moe_config=0, router=0, routed_experts=0: None)
+    monkeypatch.setattr(_vllm_runner, "bind", lambda runner: bound.append(runner) or "binding")
     plugin.register()
-    assert nothing_registered["MoERunner"] is other
-    assert "finds vLLM's MoE runner replaced" in log.messages[0]
+    vllms = type("TransformersMoERunner", (stock,), {"__module__": "vllm.model_executor.models.transformers.moe"})()
+    other = type("OtherRunner", (stock,), {"__module__": "other"})
+    assert not any(hasattr(runner, "turnout") for runner in (other(), other()))
+    assert (bound, vllms.turnout) == ([vllms], "binding")
+    assert log.messages == ["turnout does not know an MoE runner, and leaves it alone: other.OtherRunner"]
 
 
 def test_modes_come_from_the_environment_and_from_vllms_configuration(monkeypatch):

@@ -45,7 +45,8 @@ def examine_plugin() -> PluginDiagnosis | None:
     problems += [f"this version of vLLM is not known: {each}" for each in unknown]
     found["functions of vLLM"] = f"{len(signatures) - len(unknown)} of {len(signatures)} are as the plugin knows them"
     if not unknown and (other := runner.occupant()) is not None:
-        problems.append(f"vLLM's MoE runner is replaced by {other.__module__}.{other.__qualname__}")
+        kind = f"{other.__module__}.{other.__qualname__}"
+        problems.append(f"vLLM's MoE runner is replaced by {kind}, whose layers turnout leaves alone")
     if not unknown:
         present = sorted(_router_classes())
         found["routers computed by turnout"] = ", ".join(name for name in present if name in KNOWN_ROUTERS)

@@ -102,6 +102,11 @@ def log_summary(layers: Sequence[Any]) -> None:
     logger().info("%s", rows(layers))
 
 
+def log_step_aside(why: str, found: str) -> None:
+    """Warn in vLLM's log that something stays as it is."""
+    logger().warning("turnout %s, and leaves it alone: %s", why, found)
+
+
 def logger() -> Any:
     """A logger under vLLM's, which its configuration shows."""
     from vllm.logger import init_logger

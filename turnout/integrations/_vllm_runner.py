@@ -1,10 +1,13 @@
-"""The hook: a subclass of vLLM's ``MoERunner``, registered in its place, that binds turnout to each layer.
+"""The hook: each ``MoERunner`` that vLLM makes is bound to turnout at the end of its constructor.
 
-vLLM has this registry for layers that others replace (``PluggableLayer.register_oot``), alike in 0.26 to 0.32.
+vLLM's registry for layers that others replace (``PluggableLayer.register_oot``) goes by the name of the class: runners
+of other names (``TransformersMoERunner``, Kimi K3's) would stay unseen, a second tool that registers fails vLLM's
+start, and LoRA no longer takes runners of those names. All of them call this constructor, alike in 0.26 to 0.32.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import weakref
@@ -13,7 +16,7 @@ from typing import Any, NamedTuple
 from turnout._version import __version__
 from turnout.integrations._vllm_layer import RoutedLayer
 from turnout.integrations._vllm_modes import configured_mode
-from turnout.integrations._vllm_report import log_summary
+from turnout.integrations._vllm_report import log_step_aside, log_summary
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe."
 NAME = "MoERunner"
@@ -78,44 +81,41 @@ def _parameters(module: str, name: str) -> tuple[str, ...] | None:
 
 
 def is_registered() -> bool:
-    """Whether the runner of this module is the one that vLLM makes."""
-    kind = _registry().get(NAME)
-    return kind is not None and getattr(kind, "is_turnout", False)
+    """Whether the runners that vLLM makes are bound."""
+    return hasattr(stock_runner().__init__, "is_turnout")
 
 
 def occupant() -> type | None:
     """The class that another tool has registered in place of vLLM's runner."""
-    kind = _registry().get(NAME)
-    return None if kind is None or getattr(kind, "is_turnout", False) else kind
-
-
-def _registry() -> dict[str, type]:
     registry: dict[str, type] = importlib.import_module("vllm.model_executor.custom_op").op_registry_oot
-    return registry
+    return registry.get(NAME)
 
 
 def stock_runner() -> Any:
-    """The class of vLLM itself."""
+    """The class of vLLM, which those of some models derive from."""
     return importlib.import_module(FUSED_MOE + "runner.moe_runner").MoERunner
 
 
 def register_runner() -> None:
-    """Let vLLM make the runner of this module."""
-    runner = stock_runner()
-    runner.register_oot(name=NAME)(_runner_class(runner))
+    """Bind the runners that vLLM makes from now on. Those of another tool are left alone, which the log says."""
+    stock = stock_runner()
+    constructor = stock.__init__
 
-
-def _runner_class(stock: Any) -> type:
-    class TurnoutMoERunner(stock):  # type: ignore[misc]
-        """vLLM's runner, with turnout bound to its router. `explain` of `turnout.integrations.vllm` lists them."""
-
-        is_turnout = True
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+    @functools.wraps(constructor)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        constructor(self, *args, **kwargs)
+        if type(self).__module__.startswith("vllm."):
             self.turnout = bind(self)
+        else:
+            _leave_alone(f"{type(self).__module__}.{type(self).__qualname__}")
 
-    return TurnoutMoERunner
+    construct.is_turnout = True  # type: ignore[attr-defined]
+    stock.__init__ = construct
+
+
+@functools.cache
+def _leave_alone(kind: str) -> None:
+    log_step_aside("does not know an MoE runner", kind)
 
 
 def bind(runner: Any) -> RoutedLayer:

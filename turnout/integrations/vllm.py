@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from turnout.integrations import _vllm_modes as modes
-from turnout.integrations._vllm_report import Explained, LayerRow, logger, rows
+from turnout.integrations._vllm_report import Explained, LayerRow, log_step_aside, rows
 
 __all__ = ["Explained", "LayerRow", "explain", "register", "use"]
 
@@ -22,8 +22,8 @@ __all__ = ["Explained", "LayerRow", "explain", "register", "use"]
 def register() -> None:
     """Bind turnout to the MoE layers that vLLM builds in this process from now on; vLLM calls it.
 
-    A second call changes nothing. With a vLLM whose functions are not as known, or where another tool has replaced its
-    MoE runner, it steps aside with one warning.
+    A second call changes nothing. With a vLLM whose functions are not as known it steps aside with one warning, and
+    likewise for layers whose MoE runner is of another tool.
 
     Raises:
         ValueError: ``TURNOUT`` in the environment names no mode.
@@ -36,9 +36,7 @@ def register() -> None:
         return
     unknown = [signature for signature in runner.signatures() if not signature.is_known]
     if unknown:
-        _step_aside("does not know this version of vLLM", "; ".join(map(str, unknown)))
-    elif (other := runner.occupant()) is not None:
-        _step_aside("finds vLLM's MoE runner replaced", f"{other.__module__}.{other.__qualname__}")
+        log_step_aside("does not know this version of vLLM", "; ".join(map(str, unknown)))
     else:
         runner.register_runner()
 
@@ -61,11 +59,9 @@ def explain(model: Any = None) -> Explained:
         model: a model of vLLM in this process; None: all layers that turnout is bound to.
     """
     from turnout.integrations import _vllm_runner as runner
+    from turnout.integrations._vllm_layer import RoutedLayer
 
     if model is None:
         return rows(runner.layers())
-    return rows(module.turnout for module in model.modules() if getattr(type(module), "is_turnout", False))
-
-
-def _step_aside(why: str, found: str) -> None:
-    logger().warning("turnout %s, and leaves it alone: %s", why, found)
+    bound = (getattr(module, "turnout", None) for module in model.modules())
+    return rows(layer for layer in bound if isinstance(layer, RoutedLayer))
