@@ -24,7 +24,8 @@ class RoutingInputs:
             the table's has no experts: the sentinel (0 where the contract has none) and weight 0.
         tid2eid: [V, K] int32 or int64; the experts of each token id.
         forced_ids: [T, K] int16, int32 or int64; logical experts to take in place of the selection (routing replay). An
-            id that is no expert becomes the sentinel (0 where the contract has none), with weight 0.
+            id that is no expert, here or in ``tid2eid``, becomes the sentinel (0 where the contract has none), with
+            weight 0, and the norm of its row leaves it out.
         expert_map: [E] int32; logical to local expert, -1 where not local.
         logical_to_physical_map: [E, R] int64; the replicas of each expert (EPLB), for a contract whose id space is
             ``"physical"``. Of several, the row's number chooses one by a hash, so that the load spreads.

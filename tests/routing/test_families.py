@@ -44,6 +44,7 @@ HASHED = turnout.RouterSpec(
     num_experts=16, top_k=4, scoring_func="sqrtsoftplus", hash_routing=True, renormalize=True, renormalize_eps=1e-20,
     routed_scaling_factor=1.5,
 )  # fmt: skip
+PLAIN = turnout.RouterSpec(num_experts=16, top_k=4, renormalize=True)
 EXTREMES = np.errstate(invalid="ignore")  # infinities are subtracted on purpose
 EACH_FAMILY = pytest.mark.parametrize("family", SPECS)
 KINDS = (
@@ -226,6 +227,24 @@ def test_a_forced_id_that_is_no_expert_is_the_sentinel(no_expert, impl, device):
     assert routing.topk_ids.tolist() == [[3, 1, -1, 0], [5, 6, 7, 8], [-1] * 4]
     assert (routing.topk_weights[routing.topk_ids < 0].view(torch.int32) == 0).all()
     assert (routing.topk_weights[routing.topk_ids >= 0] > 0).all()
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "ernie4_5", "gpt_oss", "plain"])
+def test_a_forced_id_that_is_no_expert_has_no_part_in_the_norm(family, impl, device):
+    """The weights are those of the experts that remain, and no expert's score stands in for it."""
+    spec = PLAIN if family == "plain" else SPECS[family]
+    logits = make_logits("normal", 4, spec.num_experts, device=device)
+    logits[:, 0] = 20  # of most weight, were it taken for what is no expert
+    forced = torch.arange(1, 5, device=device)[:, None] + torch.arange(spec.top_k, device=device)
+    forced.diagonal()[:] = torch.tensor([-1, spec.num_experts, -5, 32767], device=device)
+    is_expert = (forced >= 0) & (forced < spec.num_experts)
+    routing = routed(logits, spec, inputs_of(spec, device, forced_ids=forced), impl)
+    assert torch.equal(routing.topk_ids, torch.where(is_expert, forced, -1))
+    fewer = dataclasses.replace(spec, top_k=spec.top_k - 1)
+    remaining = forced[is_expert].view(4, fewer.top_k).cpu().numpy()
+    got = routing.topk_weights[is_expert].view(4, fewer.top_k)
+    np.testing.assert_allclose(float64(got), weights_of(logits, remaining, fewer), rtol=3 * NEAR)
+    assert (routing.topk_weights[~is_expert].view(torch.int32) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

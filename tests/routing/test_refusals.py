@@ -94,6 +94,27 @@ def test_padding(inputs, match, impl, device):
     refused(ValueError, match, impl, device, contract=PADDED, **inputs)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_a_table_of_no_token_ids(num_tokens, impl, device):
+    """Any token would be routed nowhere; refused for no tokens, too: a table is wrong before any comes."""
+    tokens, table = torch.zeros(num_tokens, dtype=torch.int64), torch.empty(0, 4, dtype=torch.int64)
+    inputs = turnout.RoutingInputs(input_ids=tokens.to(device), tid2eid=table.to(device))
+    out = poisoned_out(num_tokens, 4, CONTRACT, device)
+    spec = dataclasses.replace(SPEC, hash_routing=True)
+    logits = make_logits("normal", num_tokens, 16, device=device)
+    with pytest.raises(ValueError, match=r"tid2eid has no rows, .* one for each token id"):
+        turnout.route(logits, spec, CONTRACT, inputs, out=out.tensors, impl=impl)
+    assert out.topk_weights.is_untouched()
+    assert out.topk_ids.is_untouched()
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 4, 1)], ids=str)
+def test_a_table_of_another_rank(shape, impl, device):
+    given = {"input_ids": torch.zeros(3, dtype=torch.int64), "tid2eid": torch.zeros(shape, dtype=torch.int64)}
+    spec = dataclasses.replace(SPEC, hash_routing=True)
+    refused(ValueError, r"tid2eid must be \[any, 4\] of", impl, device, spec=spec, **given)
+
+
 @pytest.mark.parametrize("name", ["is_padding", "num_valid_tokens"])
 def test_padding_without_a_sentinel(name, impl, device):
     given = {"is_padding": torch.zeros(3, dtype=torch.bool), "num_valid_tokens": torch.ones(1, dtype=torch.int32)}

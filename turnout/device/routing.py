@@ -111,8 +111,10 @@ def route_rows(
     slots = tl.arange(0, BLOCK_K)[None, :]
     is_slot = slots < RECIPE.top_k
     carries_work = is_row[:, None] & is_slot
+    is_weighed = is_slot
     if given_ids_ptr is not None:
         topk_ids, carries_work = given_experts(given_ids_ptr, input_ids_ptr, rows, is_row, slots, RECIPE)
+        is_weighed = carries_work
 
     if given_ids_ptr is None and not (RECIPE.ranks_scores or IS_GROUPED):  # the keys are those of the logits
         selected = capped(key_value(topk_keys), RECIPE)
@@ -121,13 +123,15 @@ def route_rows(
         selected_ptrs = logits_ptr + rows[:, None] * row_stride + topk_ids
         selected = widened(tl.load(selected_ptrs, mask=is_row[:, None] & is_slot, other=0.0))
         selected = capped(without_nan(selected), RECIPE)
+        if given_ids_ptr is not None:
+            selected = tl.where(is_weighed, selected, float("-inf"))
         best_of_shares = row_max(selected, is_slot) if RECIPE.shares_among_selected else row_max(values, is_expert)
     if RECIPE.weighs_by_shares:
         weights = softmax_shares(
             selected, values, best_of_shares, is_slot, is_expert, RECIPE, BLOCK_T, BLOCK_E, BLOCK_K
         )  # fmt: skip
     else:
-        weights = selected_scores(selected, best, total, is_slot, RECIPE, SCORES, BLOCK_T, BLOCK_K)
+        weights = selected_scores(selected, best, total, is_weighed, RECIPE, SCORES, BLOCK_T, BLOCK_K)
     weights = scaled(weights, scale_ptr, topk_ids, is_slot, RECIPE, LOGITS)
     write_routing(
         weights, topk_ids, carries_work, is_padding_ptr, num_valid_ptr, expert_map_ptr, given_ids_ptr,

@@ -8,6 +8,7 @@ import torch
 from turnout.contracts import Contract
 from turnout.spec import RouterSpec
 from turnout.testing.oracle import (
+    NO_EXPERT,
     WEIGHTS_TOLERANCE,
     Bools,
     Floats,
@@ -27,7 +28,7 @@ __all__ = [
     "assert_routing_valid", "logical_ids", "oracle", "padding_rows",
 ]  # fmt: skip
 _NO_INPUTS = RoutingInputs()
-_NO_EXPERT, _HIDDEN = -1, -2  # logical ids: the slot has none; a map leaves none of it in the result
+_HIDDEN = -2  # the logical id of a slot of which a map leaves none in the result
 
 
 def assert_routing_valid(
@@ -48,8 +49,8 @@ def assert_routing_valid(
     ids, weights = _int64(routing.topk_ids), _float64(routing.topk_weights)
     logical, given = logical_ids(routing, spec, contract, inputs), given_ids(spec, inputs)
     padding = padding_rows(len(ids), inputs)
-    want_idle = np.broadcast_to(padding[:, None], ids.shape) | (False if given is None else given == _NO_EXPERT)
-    assert ((logical == _NO_EXPERT) == want_idle).all(), f"slots without an expert: {logical}, want {want_idle}"
+    want_idle = np.broadcast_to(padding[:, None], ids.shape) | (False if given is None else given == NO_EXPERT)
+    assert ((logical == NO_EXPERT) == want_idle).all(), f"slots without an expert: {logical}, want {want_idle}"
     assert (logical < spec.num_experts).all(), f"ids outside [0, {spec.num_experts}): {logical}"
     _assert_mapped(ids, logical, spec, contract, inputs)
     idle = idle_slots(ids, logical, spec, contract)
@@ -85,7 +86,7 @@ def assert_matches_oracle(
     """
     _assert_form(routing, router_logits, spec, contract)
     _, want_ids = oracle(router_logits, spec, inputs)
-    want_ids[padding_rows(len(want_ids), inputs)] = _NO_EXPERT
+    want_ids[padding_rows(len(want_ids), inputs)] = NO_EXPERT
     logical = logical_ids(routing, spec, contract, inputs)
     wrong = ((logical != want_ids) & (logical != _HIDDEN)).any(axis=-1)
     near = wrong & ((logical >= 0) & (logical < spec.num_experts)).all(axis=-1) & (given_ids(spec, inputs) is None)
@@ -145,11 +146,11 @@ def logical_ids(routing: Routing, spec: RouterSpec, contract: Contract, inputs: 
         return _int64(inputs.replay_ids)
     padding, given = padding_rows(len(ids), inputs), given_ids(spec, inputs)
     if given is not None:
-        return np.where(padding[:, None], _NO_EXPERT, given)
+        return np.where(padding[:, None], NO_EXPERT, given)
     is_sentinel = ids == contract.sentinel_id(spec.num_experts)
     if contract.id_space == "logical":
-        return np.where(is_sentinel, _NO_EXPERT, ids)
-    logical = np.where(padding[:, None] & is_sentinel, _NO_EXPERT, _HIDDEN)
+        return np.where(is_sentinel, NO_EXPERT, ids)
+    logical = np.where(padding[:, None] & is_sentinel, NO_EXPERT, _HIDDEN)
     for expert, physical in enumerate(_mapped_ids(spec, inputs)):
         logical[~is_sentinel & np.isin(ids, physical)] = expert
     assert ((logical != _HIDDEN) | is_sentinel).all(), f"ids that no expert is mapped to: {ids}"

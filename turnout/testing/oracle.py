@@ -27,6 +27,7 @@ ROUNDING = 2.0**-24  # of a float32 value
 SMALLEST_STEP = 2.0**-149  # between float32 values
 # What counts as 0 where exp gives up, from -87 down: 1.6e-38, for a square root 1.3e-19.
 SMALLEST_EXP = 2e-38
+NO_EXPERT = -1  # the logical id of a slot that has none
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -63,7 +64,7 @@ _EXTREMES = np.errstate(over="ignore", invalid="ignore")  # infinities are subtr
 def oracle(router_logits: torch.Tensor, spec: RouterSpec, inputs: RoutingInputs | None = None) -> tuple[Floats, Ints]:
     """Weights [T, K] in float64, not rounded, and logical ids [T, K]; padding and maps are not considered.
 
-    A given id that is no expert is -1, with the weight of expert 0.
+    A given id that is no expert is -1, with any weight.
     """
     inputs = RoutingInputs() if inputs is None else inputs
     ids = given_ids(spec, inputs)
@@ -84,7 +85,7 @@ def given_ids(spec: RouterSpec, inputs: RoutingInputs) -> Ints | None:
         ids[known] = table[tokens[known]]
     else:
         return None
-    return np.where((ids >= 0) & (ids < spec.num_experts), ids, -1)
+    return np.where((ids >= 0) & (ids < spec.num_experts), ids, NO_EXPERT)
 
 
 @_EXTREMES
@@ -118,12 +119,12 @@ def may_be_selected(ids: Ints, values: Ranked, spec: RouterSpec) -> Bools:
 @_EXTREMES
 def weight_bounds(router_logits: torch.Tensor, spec: RouterSpec, inputs: RoutingInputs, ids: Ints) -> Bounds:
     """Between what the float32 weights [T, K] of these experts lie, before they are rounded to another dtype."""
-    ids = np.maximum(ids, 0)
+    is_none, ids = ids == NO_EXPERT, np.maximum(ids, 0)
     factor = scale_of(ids, spec, inputs)
     if spec.weighs_by_shares:
-        share, tolerance = _shares(_float64(router_logits), spec, ids)
+        share, tolerance = _shares(_float64(router_logits), spec, ids, is_none)
         return Bounds(share * factor - np.abs(factor) * tolerance, share * factor + np.abs(factor) * tolerance)
-    low, high = _selected_scores(router_logits, spec, ids)
+    low, high = (np.where(is_none, 0.0, side) for side in _selected_scores(router_logits, spec, ids))
     if spec.renormalize:
         low, high = _normalised(low, high, spec)
     parts = spec.top_k if spec.divide_by_top_k else 1  # the last step: what overflowed before it stays infinite
@@ -190,10 +191,10 @@ def _softmax(values: Floats, error: float, top_k: int) -> tuple[Floats, Floats]:
     return mass / np.where(best == -np.inf, top_k, total), relative + of_total
 
 
-def _shares(logits: Floats, spec: RouterSpec, ids: Ints) -> tuple[Floats, Floats]:
+def _shares(logits: Floats, spec: RouterSpec, ids: Ints, is_none: Bools) -> tuple[Floats, Floats]:
     """Shares [T, K] of the softmax among all, or among the selected, and how far they may be off."""
     values, error = _capped(logits, spec)
-    chosen = np.take_along_axis(values, ids, axis=-1)
+    chosen = np.where(is_none, -np.inf, np.take_along_axis(values, ids, axis=-1))
     if spec.renormalize or spec.selected_score == "softmax":
         share, _ = _softmax(chosen, error, spec.top_k)
     else:
