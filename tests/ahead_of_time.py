@@ -12,6 +12,7 @@ import ahead_of_time_experts
 import ahead_of_time_permutation
 import ahead_of_time_quantized
 import ahead_of_time_remap
+import ahead_of_time_router
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -119,6 +120,7 @@ def all_sources():
         ahead_of_time_permutation,
         ahead_of_time_quantized,
         ahead_of_time_remap,
+        ahead_of_time_router,
     ):
         sources |= kernels.sources()
     return sources

@@ -10,7 +10,7 @@ import turnout
 
 PACKAGE = Path(turnout.__file__).parent
 PROJECT = PACKAGE.parent
-ROOMS = ("routing", "permutation", "experts", "combine", "remap")
+ROOMS = ("router", "routing", "permutation", "experts", "combine", "remap")
 # Implementations by kind: one that spans stations builds on its own kind in the stations before and after.
 KINDS = {"reference": "reference", "cpu": "cpu", "triton": "triton", "grouped": "triton"}
 
@@ -31,7 +31,7 @@ LAYERS = [
         "operators",
         "threads",
     },
-    {*ROOMS, "router", "testing"},
+    {*ROOMS, "testing"},
     {"moe"},
     {"integrations"},
     {""},

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import turnout
 from turnout.contracts import STRUCTURES
 from turnout.experts.api import IMPLS
-from turnout.router import project
+from turnout.router.api import project
 from turnout.testing.checks import oracle as routing_oracle
 from turnout.testing.experts import SPECS, ExpertsInputs, assert_within_tolerance, make_weights, oracle, plain_run
 

@@ -6,7 +6,7 @@ import torch
 
 from turnout.experts.api import IMPLS, choose_impl, contract_of, experts
 from turnout.impls import check_impl, check_kind
-from turnout.router import project
+from turnout.router.api import project
 from turnout.routing.api import route
 from turnout.spec import ExpertsSpec, RouterSpec
 from turnout.types import ExpertsWeights, RouterWeights, RoutingInputs
@@ -37,7 +37,7 @@ def moe(
         inputs: the per-call tensors that ``router_spec`` names, and padding, if any. With an ``expert_map`` the weights
             hold the experts of one rank, and the result is that rank's share of the sum.
         impl: the implementation of the experts, as in `turnout.experts`.
-        batch_invariant: as in `turnout.experts`. (The router's projection is torch's.)
+        batch_invariant: as in `turnout.experts`. (The router's projection never is: a GEMM of torch's, or our launch.)
 
     Returns:
         [T, H] of the dtype of ``hidden_states``; rows of padding are 0.

@@ -308,7 +308,10 @@ def open_vllm(
 
     if current_platform.device_type != device.type:
         raise ValueError(f"this vLLM is built for {current_platform.device_type}, and --device asks for {device.type}")
-    llm = LLM(**engine_options(checkpoint, device, load, is_eager=is_eager))
+    options = engine_options(checkpoint, device, load, is_eager=is_eager)
+    if any(mode.plugin == "layer" for mode in modes.values()):  # which layers are made for, and then may leave again
+        options["additional_config"] = {"turnout": "layer"}
+    llm = LLM(**options)
     engine = VllmEngine(llm, modes, prompts)
     if not engine.layers:
         raise ValueError(f"vLLM runs no Mixture-of-Experts layer in {checkpoint.folder}")

@@ -31,6 +31,7 @@ def register() -> None:
     """
     modes.environment_mode()
     from turnout.integrations import _vllm_runner as runner
+    from turnout.integrations._vllm_gates import register_gates
 
     if runner.is_registered():
         return
@@ -39,6 +40,7 @@ def register() -> None:
         log_step_aside("does not know this version of vLLM", "; ".join(map(str, unknown)))
     else:
         runner.register_runner()
+        register_gates()
 
 
 def use(mode: str | None) -> None:

@@ -1,0 +1,1 @@
+"""The first station: hidden states to router logits."""
