@@ -1,10 +1,11 @@
 """Routers of vLLM made by hand, what their specs are, and layers bound to turnout around them; no engine."""
 
+import importlib.util
 import types
 
+import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.router import (
-    cpu_router,
     custom_routing_router,
     fused_topk_bias_router,
     fused_topk_router,
@@ -41,13 +42,22 @@ def hash_topk(logits, topk_ids, *further):
     return topk_weights / topk_weights.sum(-1, keepdim=True) * factor, topk_ids.int()
 
 
-def gemma4_router():
-    from vllm.model_executor.models.gemma4 import Gemma4Router
+def gemma4_function():
+    """The custom function of Gemma 4, and the module whose scales it reads: its router, before 0.31 its layer."""
+    from vllm.model_executor.models import gemma4
 
-    router = Gemma4Router.__new__(Gemma4Router)
-    torch.nn.Module.__init__(router)
-    router.per_expert_scale = torch.nn.Parameter(torch.linspace(0.5, 1.5, E))
-    return router
+    is_method = hasattr(gemma4.Gemma4Router, "routing_function")
+    kind = gemma4.Gemma4Router if is_method else gemma4.Gemma4MoE
+    owner = kind.__new__(kind)
+    torch.nn.Module.__init__(owner)
+    owner.per_expert_scale = torch.nn.Parameter(torch.linspace(0.5, 1.5, E))
+    if is_method:
+        return owner.routing_function, owner
+    constants = kind.__init__.__code__.co_consts
+    code = next(each for each in constants if getattr(each, "co_name", "") == "routing_function")
+    function = types.FunctionType(code, vars(gemma4), code.co_name, None, (types.CellType(owner),))
+    function.__qualname__ = f"{kind.__name__}.__init__.<locals>.routing_function"
+    return function, owner
 
 
 class Gemma4MoE:
@@ -67,8 +77,16 @@ def spec(**fields):
     return turnout.RouterSpec(num_experts=E, top_k=K, **fields)
 
 
+def cpu_router():
+    """The module of vLLM's router for CPUs."""
+    name = "vllm.model_executor.layers.fused_moe.router.cpu_router"
+    if importlib.util.find_spec(name) is None:
+        pytest.skip("this vLLM has no CPURouter (0.30 has): its experts for CPUs route by themselves")
+    return importlib.import_module(name)
+
+
 def cpu(**fields):
-    return cpu_router.CPURouter(**COMMON, **fields)
+    return cpu_router().CPURouter(**{**COMMON, **fields})
 
 
 def bias_router(**fields):
@@ -124,7 +142,7 @@ EXPRESSED = {
     ),
     "Gemma 4": (
         lambda: custom_routing_router.CustomRoutingRouter(
-            **COMMON, custom_routing_function=gemma4_router().routing_function
+            **COMMON, custom_routing_function=gemma4_function()[0]
         ),
         spec(renormalize=True, per_expert_scale=True),
     ),
@@ -152,7 +170,7 @@ EXPRESSED = {
         spec(scoring_func="sqrtsoftplus", hash_routing=True, renormalize=True),
     ),
     "CPU Gemma 4": (
-        lambda: cpu(custom_routing_function=gemma4_router().routing_function),
+        lambda: cpu(custom_routing_function=gemma4_function()[0]),
         spec(renormalize=True, per_expert_scale=True),
     ),
 }  # fmt: skip

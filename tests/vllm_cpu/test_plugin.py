@@ -41,6 +41,15 @@ def moe_runners(model):
     return [module for module in model.modules() if isinstance(module, _vllm_runner.stock_runner())]
 
 
+def experts_route(engine):
+    """Whether vLLM's experts for CPUs route by themselves, before 0.30, and its router only says how."""
+    return moe_runners_of(engine)[0].routed_experts.quant_method.is_monolithic
+
+
+def moe_runners_of(engine):
+    return engine.apply_model(moe_runners)[0]
+
+
 def tokens(engine):
     from vllm import SamplingParams
 
@@ -53,14 +62,14 @@ def test_every_layer_is_routed_and_said_once(engine, log):
     tokens(engine)
     tokens(engine)
     rows = plugin.explain()
-    assert len(rows) == LAYERS == engine.apply_model(lambda model: len(moe_runners(model)))[0]
+    assert len(rows) == LAYERS == len(moe_runners_of(engine))
     assert engine.apply_model(lambda model: plugin.explain(model) == rows) == [True]
-    assert {(row.router, row.state, row.impl, row.mode) for row in rows} == {
-        ("CPURouter", "routed", "cpu", "routing")
-    }  # fmt: skip
+    router = "CustomRoutingRouter" if experts_route(engine) else "CPURouter"
+    assert {(row.router, row.state, row.impl, row.mode) for row in rows} == {(router, "routed", "cpu", "routing")}
     assert {(row.contract_name, row.contract.ids_dtype) for row in rows} == {("vllm.cpu_unquantized", torch.int32)}
     assert len(log.messages) <= 1
-    assert "6 x model.layers.*.experts: CPURouter -> vllm.cpu_unquantized int32, routed, impl cpu" in str(rows)
+    folded = rows[0].layer.replace("0", "*")
+    assert f"6 x {folded}: {router} -> vllm.cpu_unquantized int32, routed, impl cpu" in str(rows)
 
 
 def test_the_summary_is_logged_when_the_last_layer_has_decided(engine, log):
@@ -73,28 +82,45 @@ def test_the_summary_is_logged_when_the_last_layer_has_decided(engine, log):
     assert log.messages == [str(plugin.explain())]
 
 
-def test_answers_are_vllms_own_but_for_ties_at_the_boundary(engine):
+def test_answers_are_vllms_own_but_for_ties_at_the_boundary(engine, monkeypatch):
     ours, records = tokens(engine), []
-    layers = _vllm_runner.layers()
     plugin.use("off")
-    for layer in layers:
-        layer._stock_select = recording(layer, layer._stock_select, records)
+    (record_experts if experts_route(engine) else record_routers)(records, monkeypatch)
     stock = tokens(engine)
-    for layer in layers:
-        layer._stock_select = layer._stock_select.stock
     assert len(records) >= LAYERS * 16
     ties = sum(differing_rows(layer, logits, theirs) for layer, logits, theirs in records)
     assert ties or ours == stock
 
 
-def recording(layer, stock, records):
-    def select(hidden_states, router_logits, *args, **kwargs):
-        result = stock(hidden_states, router_logits, *args, **kwargs)
-        records.append((layer, router_logits.clone(), [tensor.clone() for tensor in result]))
+def record_routers(records, monkeypatch):
+    """What vLLM's own routers are given, and what they give."""
+
+    def recording(layer, stock):
+        def select(hidden_states, router_logits, *args, **kwargs):
+            result = stock(hidden_states, router_logits, *args, **kwargs)
+            records.append((layer, router_logits.clone(), [tensor.clone() for tensor in result]))
+            return result
+
+        return select
+
+    for layer in _vllm_runner.layers():
+        monkeypatch.setattr(layer, "_stock_select", recording(layer, layer._stock_select))
+
+
+def record_experts(records, monkeypatch):
+    """Likewise of experts that route: they tell the layers' custom functions apart, and nothing else."""
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    layers = {layer.router.custom_routing_function: layer for layer in _vllm_runner.layers()}
+    stock = cpu_moe.select_experts
+
+    def select(custom_routing_function, **kwargs):
+        result = stock(custom_routing_function=custom_routing_function, **kwargs)
+        logits = kwargs["router_logits"].clone()
+        records.append((layers[custom_routing_function], logits, [tensor.clone() for tensor in result]))
         return result
 
-    select.stock = stock
-    return select
+    monkeypatch.setattr(cpu_moe, "select_experts", select)
 
 
 def differing_rows(layer, logits, theirs):
@@ -127,9 +153,11 @@ def test_modes_are_switched_at_run_time(engine, monkeypatch):
 def test_the_simulator_crashes_stock_experts_on_a_cpu_and_runs_with_the_plugin(engine, monkeypatch):
     from vllm.model_executor.layers.fused_moe.router import routing_simulator_router
 
+    if experts_route(engine):
+        pytest.skip("before vLLM 0.30 its experts for CPUs route by themselves, and call no simulator")
     strategy = types.SimpleNamespace(VLLM_MOE_ROUTING_SIMULATION_STRATEGY="uniform_random")
     monkeypatch.setattr(routing_simulator_router, "envs", strategy)  # the engine has frozen the environment
-    runner = engine.apply_model(moe_runners)[0][0]
+    runner = moe_runners_of(engine)[0]
     router = routing_simulator_router.RoutingSimulatorRouter(top_k=K, global_num_experts=E)
     hidden_states, logits = torch.randn(3, 128, dtype=torch.bfloat16), torch.randn(3, E)
     apply = lambda: runner._apply_quant_method(hidden_states, logits, None)[1]

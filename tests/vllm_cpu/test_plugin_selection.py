@@ -23,7 +23,6 @@ from routers_of_vllm import (
     softmax_sum,
 )
 from vllm.model_executor.layers.fused_moe.router import (
-    cpu_router,
     custom_routing_router,
     routing_simulator_router,
     zero_expert_router,
@@ -56,9 +55,9 @@ def test_dispatchers_of_each_dtype_get_it_without_a_cast(name, ids_dtype):
 @pytest.mark.parametrize("asked", [None, torch.int32, torch.int64, torch.uint32], ids=str)
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("kind", [custom_routing_router.CustomRoutingRouter, cpu_router.CPURouter])
+@pytest.mark.parametrize("make", [custom_routing_router.CustomRoutingRouter, cpu], ids=["custom", "CPU"])
 def test_foreign_functions_give_the_asked_dtype_and_their_own_storage_where_it_is_that(
-    kind, ids_dtype, weights_dtype, asked
+    make, ids_dtype, weights_dtype, asked
 ):
     given = []
 
@@ -67,7 +66,7 @@ def test_foreign_functions_give_the_asked_dtype_and_their_own_storage_where_it_i
         given[:] = topk_weights.to(weights_dtype), topk_ids.to(ids_dtype)
         return tuple(given)
 
-    router = kind(**COMMON, custom_routing_function=foreign)
+    router = make(**{**COMMON, "custom_routing_function": foreign})
     layer = layer_of(router, asked)
     hidden_states, logits, _ = drawn()
     result = router.select_experts(hidden_states, logits, topk_indices_dtype=asked)
