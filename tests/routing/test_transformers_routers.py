@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import transformers
+
 import turnout
 from turnout.families import KNOWN_MODEL_TYPES
 from turnout.testing.checks import WEIGHTS_TOLERANCE
@@ -118,13 +120,19 @@ def no_grad():
         yield
 
 
+def class_of(module, name):
+    if not hasattr(module, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name} in {module.__name__}")
+    return getattr(module, name)
+
+
 def config_of(name, fields):
     family = name.split("/")[0]
     try:
         module = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
     except ImportError:
-        pytest.skip(f"this transformers has no {family}")
-    kind = getattr(module, CLASSES[name][1])
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    kind = class_of(module, CLASSES[name][1])
     config = kind()
     if name == "dots3_note/vision":
         config = config.per_layer_config[30]  # of 24 experts
@@ -143,7 +151,7 @@ def config_of(name, fields):
 def drawn_router(name, config, dtype):
     """The router with random weights, on a CPU, and its selection bias, if any, as it is loaded."""
     family = name.split("/")[0]
-    kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), CLASSES[name][0])
+    kind = class_of(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), CLASSES[name][0])
     arguments = (HIDDEN_SIZE, NUM_EXPERTS, TOP_K) if name == "jetmoe" else (config,)
     router = kind(*arguments).to(torch.float32 if name in IN_FLOAT32 else dtype).eval()
     for parameter in router.parameters():
@@ -163,11 +171,11 @@ def drawn_router(name, config, dtype):
 def called(name, router, hidden_states, bias, input_ids):
     """Weights and ids of a router, whatever it takes and returns."""
     if name == "afmoe":
-        return router(hidden_states[None], bias)[1:3]
+        return weights_and_ids(router(hidden_states[None], bias))
     if name in ("minimax_m2", "hy_v3", "dots3_note/vision") or (name == "lfm2_moe" and bias is not None):
-        return router(hidden_states, bias)[1:3]
+        return weights_and_ids(router(hidden_states, bias))
     if name == "deepseek_v4/hashed":
-        return router(hidden_states, input_ids)[1:3]
+        return weights_and_ids(router(hidden_states, input_ids))
     if name == "dbrx":
         return router.route_tokens_to_experts(router.router(hidden_states))
     if name == "llama4":
@@ -180,7 +188,14 @@ def called(name, router, hidden_states, bias, input_ids):
         weights, ids = torch.empty_like(gates), torch.empty_like(experts)
         weights[slots], ids[slots] = gates, experts
         return weights.view(-1, TOP_K), ids.view(-1, TOP_K)
-    return router(hidden_states)[1:3]
+    return weights_and_ids(router(hidden_states))
+
+
+def weights_and_ids(results):
+    """Of what a router returns, in an order that has changed over the versions: the ids, and what has their shape."""
+    (ids,) = [result for result in results if not result.is_floating_point()]
+    (weights,) = [result for result in results if result.is_floating_point() and result.shape == ids.shape]
+    return weights, ids
 
 
 @functools.cache
