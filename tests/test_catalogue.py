@@ -36,6 +36,7 @@ IDS_DTYPES = {
     "vllm.mori": torch.int32,
     "nixl_ep": torch.int32,
     "nixl_ep.before_2026_06": torch.int64,
+    "vllm.nixl_ep": torch.int32,  # with today's NIXL; vLLM's int64 is for builds that name no dtype
     "routing_replay": torch.int16,
     "triton_kernels": torch.int16,
     "triton_kernels.before_3.8": torch.int16,

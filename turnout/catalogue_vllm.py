@@ -298,9 +298,10 @@ BETWEEN = (
         "nixl_ep",
         INT32,
         FUSED_MOE + "prepare_finalize/nixl_ep.py",
-        "Declares nixl_ep.topk_idx_t, and int64 where the module has no such name.",
-        note="int32 in builds of NIXL since 2026-06-18, int64 before: see nixl_ep.before_2026_06. With "
-        "physical ids mapped by indexing, int32 costs a cast inside the index.",
+        "Declares getattr(nixl_ep, 'topk_idx_t', torch.int64): the module's own dtype, int64 where it names none.",
+        note="The same line in the wheels of 0.26 and 0.28 to 0.32 (vLLM #45298), so that NIXL decides: int32 in its "
+        "default build since 2026-06-18, int64 before and with 64 bits (nixl_ep.before_2026_06). The plugin takes what "
+        "is declared at run time. With physical ids mapped by indexing, int32 costs a cast inside the index.",
     ),
     _vllm("mori", INT32, FUSED_MOE + "prepare_finalize/mori.py", "Declares int32."),
     _vllm(
