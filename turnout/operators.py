@@ -20,7 +20,8 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), str, int, floa
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Kernel], _Kernel]:
     """Register the function below as an operator for all devices; the name then stands for its calls.
 
-    An operator that writes to its arguments is always called through the dispatcher, which notes that.
+    An operator that writes to its arguments is always called through the dispatcher, which notes that. The first
+    argument is a tensor; on ``meta``, where there are no data, the dispatcher calls ``fake``.
 
     Args:
         schema: ``"turnout::name(Tensor argument, ...) -> ..."``.
@@ -40,7 +41,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Kernel], _Kern
 
         @functools.wraps(kernel)
         def call(*arguments: Any) -> Any:
-            if something_looks_on() or not are_plain(arguments):
+            if something_looks_on() or not are_plain(arguments) or arguments[0].is_meta:
                 return overload(*arguments)
             return kernel(*arguments)
 
