@@ -103,22 +103,24 @@ def write_int(address, code, index, value):
 
 @njit(nogil=True, cache=True)
 def exp(x):
-    """As ``scores.exp``, and so with the functions that follow."""
-    if x < _EXP_MIN:
-        return _ZERO
-    if x > _EXP_MAX:
-        return _INF
-    n = np.float32(math.floor(x * _LOG2_E + _HALF))
-    r = x - n * _LN2_HIGH
+    """As ``scores.exp``, and so with the functions that follow.
+
+    None branches, nor raises where it divides by zero: loops over them become vector instructions.
+    """
+    clamped = min(max(x, _EXP_MIN), _EXP_MAX)
+    n = np.floor(clamped * _LOG2_E + _HALF)
+    r = clamped - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     y = _EXP[0]
     for i in range(1, len(_EXP)):
         y = y * r + _EXP[i]
     y = y * (r * r) + r + _ONE
-    return y * value_of((np.int64(n) + 127) << 23)
+    y = y * value_of((np.int64(n) + 127) << 23)
+    y = _ZERO if x < _EXP_MIN else y
+    return _INF if x > _EXP_MAX else y
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def log1p(e):
     u = _ONE + e
     is_large = u > _SQRT2
@@ -138,18 +140,18 @@ def log1p(e):
     return e if lost == _ZERO else y * (e / lost)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def sigmoid(x):
     return _ONE / (_ONE + exp(-x))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def sqrtsoftplus(x):
     softplus = min(max(x, _ZERO), _MAX) + log1p(exp(-abs(x)))
     return np.float32(math.sqrt(np.float64(softplus)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def tanh(x):
     e = exp(-_TWO * abs(x))
     y = (_ONE - e) / (_ONE + e)
@@ -180,7 +182,7 @@ def softmax_mass(value, best):
     return _ONE if value == best else exp(value - best)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def score(value, best, total, family):
     """The score of one value; ``best`` and ``total`` are those of the row's softmax."""
     if family.scoring == SOFTMAX:
@@ -189,6 +191,12 @@ def score(value, best, total, family):
         value = sigmoid(value)
     elif family.scoring == SQRTSOFTPLUS:
         value = sqrtsoftplus(value)
+    return limited(value, family)
+
+
+@njit(nogil=True, cache=True)
+def limited(value, family):
+    """A score that is finite, and rounded where the model rounds it."""
     return round_to(min(max(value, -family.largest_score), family.largest_score), family.score_code)
 
 
@@ -205,12 +213,32 @@ def softmax_of_row(values, family, scratch):
     return best, tree_sum(scratch, family.num_experts)
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def scores_of_row(values, best, total, family, scores):
+    """`score` of every expert; a loop for each function, so that none has to ask inside which it is."""
+    num_experts = family.num_experts
+    if family.scoring == SOFTMAX:
+        for expert in range(num_experts):
+            scores[expert] = softmax_mass(values[expert], best) / total
+    elif family.scoring == SIGMOID:
+        for expert in range(num_experts):
+            scores[expert] = sigmoid(values[expert])
+    elif family.scoring == SQRTSOFTPLUS:
+        for expert in range(num_experts):
+            scores[expert] = sqrtsoftplus(values[expert])
+    else:
+        scores[:] = values
+    for expert in range(num_experts):
+        scores[expert] = limited(scores[expert], family)
+
+
 @njit(nogil=True, cache=True)
-def rank_scores(ranked, values, best, total, family, call):
+def rank_scores(ranked, values, best, total, family, call, scratch):
     """Replace the logits in ``ranked`` by scores plus bias; NaN stays."""
+    scores_of_row(values, best, total, family, scratch)
     for expert in range(family.num_experts):
         if ranked[expert] == ranked[expert]:
-            ranked[expert] = score(values[expert], best, total, family)
+            ranked[expert] = scratch[expert]
             if call.bias:
                 ranked[expert] += read_float(call.bias, call.bias_code, expert)
 
@@ -355,7 +383,7 @@ def route_rows_of_any_family(families, call_fields, first_row, end_row):
             take_given_ids(row, family, call, ids)
         else:
             if family.ranks_scores:
-                rank_scores(ranked, values, best, total, family, call)
+                rank_scores(ranked, values, best, total, family, call, scratch)
             if family.topk_group < family.num_groups:
                 keep_best_groups(ranked, halves, family, keys, ids, scratch)
             select(ranked, halves, 0, 0, family.num_experts, family.top_k, keys, ids)
