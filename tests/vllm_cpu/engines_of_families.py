@@ -22,6 +22,8 @@ class Family:
     moe_layers: int
     fields: dict
     model_impl: str = "vllm"
+    runner: str = "MoERunner"
+    state: str = "routed"
 
 
 COMMON = {
@@ -29,11 +31,6 @@ COMMON = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts_per_tok": 2, "vocab_size": 256,
     "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
-LATENT_ATTENTION = {
-    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
-    "v_head_dim": 32,
-}  # fmt: skip
-GROUPS = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2}
 FAMILIES = {
     "Mixtral": Family("mixtral", "MixtralForCausalLM", 3, {"num_local_experts": 8}),
     "Gemma 4": Family(
@@ -47,10 +44,15 @@ FAMILIES = {
     "Qwen3 MoE, one dense layer": Family(
         "qwen3_moe", "Qwen3MoeForCausalLM", 2, {"num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [1]}
     ),
-    "DeepSeek-V3, groups and bias": Family(
-        "deepseek_v3", "DeepseekV3ForCausalLM", 2, {**LATENT_ATTENTION, **GROUPS}
+    "GLM-4 MoE, DeepSeek-V3's router": Family(
+        "glm4_moe", "Glm4MoeForCausalLM", 2,
+        {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2},
     ),
     "gpt-oss": Family("gpt_oss", "GptOssForCausalLM", 3, {"num_local_experts": 8, "head_dim": 64}),
+    "HunYuan, routed by transformers": Family(
+        "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", 3, {"num_experts": 8, "moe_topk": 2},
+        model_impl="transformers", runner="TransformersMoERunner", state="strict",
+    ),
 }  # fmt: skip
 
 
@@ -68,22 +70,26 @@ def outcome_of(family: Family, folder: Path) -> dict:
     from transformers import AutoConfig
     from vllm import LLM, SamplingParams
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.models.registry import ModelRegistry
 
     from turnout.integrations import vllm as plugin
 
     config = AutoConfig.for_model(family.model_type, **{**COMMON, **family.fields})
     config.architectures = [family.architecture]
     config.save_pretrained(folder)
+    if family.model_impl == "vllm":  # by its name, vLLM would inspect it in yet another process
+        model = ModelRegistry.models[family.architecture].load_model_cls()
+        ModelRegistry.register_model(family.architecture, model)
     engine = LLM(
         str(folder), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, model_impl=family.model_impl,
         dtype="bfloat16", max_model_len=128, max_num_seqs=2,
     )  # fmt: skip
     parameters = SamplingParams(max_tokens=3, detokenize=False, ignore_eos=True)
     answers = engine.generate({"prompt_token_ids": [5, 6, 7]}, parameters, use_tqdm=False)
-    model = lambda model: [type(module).__name__ for module in model.modules() if isinstance(module, MoERunner)]
+    runners = lambda model: [type(module).__name__ for module in model.modules() if isinstance(module, MoERunner)]
     return {
         "tokens": len(answers[0].outputs[0].token_ids),
-        "runners": engine.apply_model(model)[0],
+        "runners": engine.apply_model(runners)[0],
         "states": [row.state for row in plugin.explain()],
         "explained": str(plugin.explain()),
     }

@@ -1,4 +1,7 @@
-"""No silent stepping aside: in models of many families, turnout routes as many layers as have experts."""
+"""No silent stepping aside: in models of many families, turnout routes as many layers as have experts.
+
+Where transformers routes, and hands vLLM's experts the result, there are no logits; turnout hands it on as it is.
+"""
 
 import json
 import os
@@ -25,9 +28,10 @@ def outcomes(vllm_ops, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_turnout_routes_every_moe_layer(name, outcomes):
-    outcome = outcomes[name]
+def test_turnout_is_in_every_moe_layer(name, outcomes):
+    outcome, family = outcomes[name], FAMILIES[name]
     assert "error" not in outcome, outcome["error"]
     assert outcome["tokens"] == 3
-    assert len(outcome["runners"]) == FAMILIES[name].moe_layers
-    assert outcome["states"] == ["routed"] * FAMILIES[name].moe_layers, outcome["explained"]
+    assert outcome["runners"] == [family.runner] * family.moe_layers
+    assert outcome["states"] == [family.state] * family.moe_layers, outcome["explained"]
+    assert len(outcome["explained"].splitlines()) == 2  # like layers are folded

@@ -168,12 +168,19 @@ def _cpu(router: Any, num_columns: int) -> Routable:
 
 
 def _custom(router: Any, num_columns: int) -> Routable:
-    function = router.custom_routing_function
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+    name = _name_of(router.custom_routing_function)
     known = _FUNCTIONS.get(name.removeprefix(MODELS))
     if known is None:
         raise NotExpressedError(f"custom routing function {name}")
     return known(router, num_columns)
+
+
+def _name_of(function: Any) -> str:
+    """Where it is defined; never its repr, which may hold tensors and be another one for each layer."""
+    if isinstance(function, functools.partial):
+        return f"partial of {_name_of(function.func)}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _gemma4(router: Any, num_columns: int) -> Routable:
