@@ -4,8 +4,9 @@ python benchmarks/vllm_tensor_parallel.py [--rounds 20] [--json FILE]
 
 Needs two CUDA devices and turnout installed beside vLLM, whose workers find the plugin by its entry point. First a
 Gemma 4 of four layers in float32, eager: greedy tokens on one GPU and on two, stock and routed (two GPUs add in another
-order, which alone may change one). Then the geometry of Gemma 4 26B-A4B with drawn weights on two GPUs in CUDA graphs, one
-set for each mode: milliseconds of a decode step, median, and the change from stock with the 95% interval of its median.
+order, which alone may change one). Then the geometry of Gemma 4 26B-A4B with drawn weights on two GPUs in CUDA graphs,
+one set for each mode: milliseconds of a decode step, median, and the change from stock with the 95% interval of its
+median.
 """
 
 import argparse
