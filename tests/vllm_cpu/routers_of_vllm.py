@@ -159,6 +159,11 @@ EXPRESSED = {
             scoring_func="sigmoid", e_score_correction_bias=True, group_score="top2_sum", renormalize=True, **GROUPS
         ),
     ),
+    "CPU sigmoid": (lambda: cpu(scoring_func="sigmoid"), spec(scoring_func="sigmoid", renormalize=True)),
+    "CPU sigmoid bias": (
+        lambda: cpu(scoring_func="sigmoid", e_score_correction_bias=BIAS, routed_scaling_factor=2.5),
+        spec(scoring_func="sigmoid", e_score_correction_bias=True, routed_scaling_factor=2.5, renormalize=True),
+    ),
     "CPU sqrtsoftplus": (
         lambda: cpu(scoring_func="sqrtsoftplus", e_score_correction_bias=BIAS, routed_scaling_factor=1.5),
         spec(

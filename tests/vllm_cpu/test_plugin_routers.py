@@ -10,10 +10,12 @@ from routers_of_vllm import (
     COMMON,
     EXPRESSED,
     E,
+    K,
     UnheardOfExperts,
     bias_router,
     biased_topk,
     copies_of,
+    cpu,
     cpu_router,
     drawn,
     gemma4_function,
@@ -53,6 +55,18 @@ def test_routers_that_run_on_a_cpu_agree_with_ours(name, monkeypatch):
     assert (ours[0].dtype, ours[1].dtype) == (torch.float32, torch.int32)
     torch.testing.assert_close(scattered(ours), scattered(theirs), rtol=0, atol=5e-7)
     assert copies == 0
+
+
+@torch.inference_mode()
+def test_a_bias_that_vllms_router_for_cpus_leaves_out_is_applied_and_said():
+    hidden_states, logits, _ = drawn()
+    router = cpu(e_score_correction_bias=BIAS)
+    layer = layer_of(router)
+    chosen = (logits.softmax(-1) + BIAS).topk(K).indices
+    weights = logits.softmax(-1).gather(1, chosen)
+    expected = scattered((weights / weights.sum(-1, keepdim=True), chosen))
+    torch.testing.assert_close(scattered(router.select_experts(hidden_states, logits)), expected)
+    assert "with the selection bias" in layer.plan.reason
 
 
 def test_what_no_spec_says_stays_with_vllm():

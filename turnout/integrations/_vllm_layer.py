@@ -146,8 +146,8 @@ class RoutedLayer:
             return self._unroutable(consumer, str(error), weight)
         choice = choose_impl(weight, num_columns)
         return Plan(
-            state="routed", reason=f"{consumer.reason}; {choice.reason}", impl=choice.impl, consumer=consumer,
-            select=select,
+            state="routed", reason="; ".join(filter(None, (consumer.reason, choice.reason, known.note))),
+            impl=choice.impl, consumer=consumer, select=select,
             select_physical=None if weight.is_cpu else _physical(router, known, contract),
         )  # fmt: skip
 

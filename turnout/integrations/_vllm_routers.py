@@ -37,6 +37,7 @@ class Routable:
         bias_owner: likewise for ``e_score_correction_bias``.
         table_owner: likewise for ``_hash_indices_table``.
         skips_padding: rows that vLLM marks as padding get id -1 and weight 0.
+        note: where the model means other than what vLLM's router computes on this device.
     """
 
     spec: RouterSpec
@@ -44,6 +45,7 @@ class Routable:
     bias_owner: Any = None
     table_owner: Any = None
     skips_padding: bool = False
+    note: str = ""
 
     @property
     def is_plain(self) -> bool:
@@ -164,7 +166,10 @@ def _cpu(router: Any, num_columns: int) -> Routable:
         return dataclasses.replace(_fused_topk_bias(router, num_columns), skips_padding=False)
     if router.custom_routing_function is not None:
         return _custom(router, num_columns)
-    return Routable(spec=_plain_spec(router, num_columns, "softmax"))
+    if router.e_score_correction_bias is not None:
+        note = "with the selection bias, without which vLLM's router for CPUs takes softmax and refuses sigmoid"
+        return dataclasses.replace(_fused_topk_bias(router, num_columns), skips_padding=False, note=note)
+    return Routable(spec=_plain_spec(router, num_columns, router.scoring_func))
 
 
 def _custom(router: Any, num_columns: int) -> Routable:
