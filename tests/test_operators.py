@@ -123,9 +123,15 @@ def test_vmap_computes_each_batch_by_itself():
     assert torch.equal(ids, torch.stack([route(logits).topk_ids for logits in batches]))
 
 
-def test_operators_that_write_are_seen_by_autograd():
-    weights, ids = torch.full((3, 2), torch.nan), torch.full((3, 2), -9, dtype=torch.int32)
-    before = weights._version
-    turnout.route(LOGITS, SPEC, CONTRACT, out=(weights, ids))
-    assert weights._version > before
-    assert torch.equal(ids, route().topk_ids)
+def test_operators_that_write_always_go_through_it():
+    """It notes there what was written to, as far as this version of torch does."""
+    handed = []
+
+    @operator("turnout::test_writes(Tensor(a!) tensor, str word) -> ()", lambda tensor, word: None)
+    def writes(tensor, word):
+        handed.append(word)
+
+    word = "".join(["not", " interned"])
+    writes(torch.ones(2), word)
+    assert handed == [word]
+    assert handed[0] is not word
