@@ -35,6 +35,7 @@ _SIGNATURES = {
     ("router.base_router", "BaseRouter.set_capture_fn"): ("capture_fn",),
     ("routed_experts", "RoutedExperts.forward_modular"): ("x", "topk_weights", "topk_ids"),
     ("routed_experts", "RoutedExperts.forward_monolithic"): ("x", "router_logits"),
+    ("router.gate_linear", "GateLinear.forward"): ("x",),
 }  # fmt: skip
 
 _layers: list[weakref.ref[RoutedLayer]] = []
