@@ -14,6 +14,7 @@ HEAVY = ("triton", "transformers", "numba", "matplotlib", "vllm")
 MAY_IMPORT = {
     "triton": (
         "turnout.device.",
+        "turnout.router.triton",
         "turnout.routing.triton",
         "turnout.permutation.triton",
         "turnout.remap.triton",

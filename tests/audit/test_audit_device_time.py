@@ -53,7 +53,7 @@ def test_copies_are_counted_per_call_and_laid_at_the_module_that_makes_them() ->
 def test_share_is_part_of_the_whole() -> None:
     model = Model()
     (phase,) = measure({"forward": [lambda: model(X)]}, model, "cpu").phases
-    assert 0 < phase.copy_us == phase.device_us
+    assert 0 < phase.copy_us < phase.device_us
     assert phase.share == phase.copy_us / phase.device_us
 
 

@@ -8,7 +8,7 @@ from turnout.bench.layer_case import Geometry, draw_case, draw_layers
 from turnout.bench.layer_check import expected_output
 from turnout.bench.timing import launches
 from turnout.experts.api import choose_impl, contract_of
-from turnout.router import project
+from turnout.router.api import project
 
 pytestmark = pytest.mark.gpu
 GEMMA4 = Geometry()

@@ -9,7 +9,7 @@ from quantized_cases import SCHEME_IDS, SCHEMES, Sizes, check_errors, draw
 from torch.library import opcheck
 
 import turnout
-from turnout.experts import _cpu_quantized, ops
+from turnout.experts import _cpu_quantized
 from turnout.experts.quantization import SCHEMES as FORMS
 from turnout.experts.quantization import empty_weights
 
@@ -27,9 +27,9 @@ def test_opcheck(scheme):
     tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if scheme[0] != "w8a8_fp8":  # torch's own comparison in this one multiplies float8, which torch cannot
         tests.append("test_schema")
-    opcheck(ops.experts, arguments_of(case, "cpu"), test_utils=tests)
+    opcheck(torch.ops.turnout.experts.default, arguments_of(case, "cpu"), test_utils=tests)
     out = torch.empty_like(case.hidden_states)
-    opcheck(ops.experts_out, arguments_of(case, "cpu"), {"out": out}, test_utils=tests)
+    opcheck(torch.ops.turnout.experts_out.default, arguments_of(case, "cpu"), {"out": out}, test_utils=tests)
 
 
 @EACH_SCHEME
