@@ -6,7 +6,8 @@ import torch.utils._python_dispatch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import turnout
-from turnout.operators import operator, something_looks_on
+from turnout import operators
+from turnout.operators import are_plain, operator, something_looks_on
 from turnout.routing import ops
 
 SPEC, CONTRACT = turnout.RouterSpec(num_experts=8, top_k=2), turnout.Contract()
@@ -80,6 +81,11 @@ def test_plain_calls_do_not_go_through_the_dispatcher(declared_here):
     assert not passes_the_dispatcher(declared_here, torch.nn.Parameter(torch.ones(2), requires_grad=False))
 
 
+def test_all_do_with_a_torch_that_cannot_say_who_looks_on(declared_here, monkeypatch):
+    monkeypatch.setattr(operators, "_CAN_SEE", False)
+    assert passes_the_dispatcher(declared_here, torch.ones(2))
+
+
 def test_profiled_calls_do(declared_here):
     with torch.profiler.profile() as profile:
         assert passes_the_dispatcher(declared_here, torch.ones(2))
@@ -103,8 +109,6 @@ def test_subclasses_of_tensors_see_operators():
 
 def test_a_subclass_among_the_structures_is_seen():
     """In a tuple, as experts take them."""
-    from turnout.operators import are_plain
-
     assert are_plain((LOGITS, None, "cpu", 1, (LOGITS, None)))
     assert not are_plain((LOGITS, (None, Wrapped(LOGITS))))
 

@@ -15,6 +15,17 @@ import torch
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), str, int, float, bool})
+# Torch has no public names for these. With a torch that lacks one, every call goes through the dispatcher.
+_CAN_SEE = all(
+    hasattr(owner, name)
+    for owner, name in (
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C, "_len_torch_function_stack"),
+        (torch._C, "_get_tracing_state"),
+        (torch._C._autograd, "_profiler_enabled"),
+        (torch._C._functorch, "peek_interpreter_stack"),
+    )
+)
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Kernel], _Kernel]:
@@ -54,6 +65,7 @@ def something_looks_on() -> bool:
     """Whether a compiler, tracer, mode, transform or profiler wants to see the operators that are called."""
     return bool(
         torch.compiler.is_compiling()  # first: what follows is nothing that a compiler can follow
+        or not _CAN_SEE
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
