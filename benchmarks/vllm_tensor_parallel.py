@@ -25,7 +25,7 @@ import torch
 
 from turnout.bench.scenario_models import draw_weights, find_checkpoint, read_vocab_size
 from turnout.bench.verdict import change_of
-from turnout.bench.vllm_engine import DECODED_TOKENS, Load, engine_options, prepare_environment
+from turnout.bench.vllm_engine import DECODED_TOKENS, Load, engine_options, prepare_environment, submit
 from turnout.bench.vllm_graphs import capture_graphs, replay_graphs
 from turnout.machine import environment
 
@@ -84,17 +84,6 @@ def open_engine(name: str, folder: str, load: Load, ranks: int, **options: Any) 
     return llm, torch.randint(read_vocab_size(checkpoint), size, generator=rng)
 
 
-def submit(engine: Any, prompts: torch.Tensor, new_tokens: int) -> None:
-    """Queue one request for each row."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    for prompt in prompts.tolist():
-        name = f"request {time.perf_counter_ns()}"
-        engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), sampling)
-
-
 def small_tokens(ranks: int, queue: Any) -> None:
     """In a process of its own: the tokens of both modes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +97,7 @@ def small_tokens(ranks: int, queue: Any) -> None:
             finished |= {
                 each.request_id: list(each.outputs[0].token_ids) for each in llm.llm_engine.step() if each.finished
             }
-        tokens[mode] = [finished[name] for name in sorted(finished)]
+        tokens[mode] = [finished[name] for name in sorted(finished, key=int)]
     queue.put((tokens, llm.collective_rpc(explained)))
 
 

@@ -35,24 +35,24 @@ class Wrapped(torch.Tensor):
         return operator(*[each.inner if isinstance(each, cls) else each for each in arguments], **(keywords or {}))
 
 
-class SeesOperators(torch.utils._python_dispatch.TorchDispatchMode):
+class Sees:
+    """What a mode is shown."""
+
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
-        self.seen.append(str(operator))
-        return operator(*arguments, **(keywords or {}))
-
-
-class SeesFunctions(torch.overrides.TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
+    def call(self, function, types, arguments=(), keywords=None):
         self.seen.append(str(function))
         return function(*arguments, **(keywords or {}))
+
+
+class SeesOperators(Sees, torch.utils._python_dispatch.TorchDispatchMode):
+    __torch_dispatch__ = Sees.call
+
+
+class SeesFunctions(Sees, torch.overrides.TorchFunctionMode):
+    __torch_function__ = Sees.call
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class Choice(NamedTuple):
     """An implementation, and why it was chosen."""
@@ -126,3 +128,25 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     start = tensor.data_ptr()
     return start, start + ((rows - 1) * tensor.stride(0) + columns) * tensor.element_size()
+
+
+def check_hidden_states(hidden_states: torch.Tensor) -> None:
+    """Refuse what is no [T, H] of floats."""
+    check_kind("hidden_states", hidden_states, torch.Tensor)
+    if hidden_states.dim() != 2:
+        raise ValueError(
+            f"hidden_states must be [T, H], got shape {list(hidden_states.shape)}; flatten leading dimensions with "
+            "hidden_states.view(-1, hidden_states.shape[-1])"
+        )
+    if hidden_states.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}")
+
+
+def check_readable(hidden_states: torch.Tensor) -> None:
+    """Refuse hidden states whose rows a kernel cannot read, or that autograd would follow."""
+    if hidden_states.stride(1) != 1 and hidden_states.shape[1] > 1:
+        raise ValueError(
+            f"hidden_states must have contiguous rows, got strides {hidden_states.stride()}; rows may lie apart, "
+            "columns may not: pass hidden_states.contiguous() if the copy is meant"
+        )
+    check_grad("hidden_states", hidden_states)

@@ -29,6 +29,7 @@ ENVIRONMENT = {
 CHECKED_TOKENS = 8  # that each request makes when answers are compared
 DECODED_TOKENS = 128  # of each request in a decode; no request ends while it is timed
 SLACK = 4  # tokens beyond those timed: one is made before, and vLLM may be two ahead
+_numbers = itertools.count()  # the ids of requests
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +97,6 @@ class VllmEngine:
             for name, module in self.module.named_modules()
             if hasattr(module, "router") and hasattr(module, "routed_experts")
         }
-        self._numbers = itertools.count()
         self._active = ""
         self._decoding: Scenario | None = None
         self._tokens_left = 0
@@ -166,14 +166,7 @@ class VllmEngine:
 
     def submit(self, prompts: torch.Tensor, new_tokens: int, *, logprobs: bool = False) -> None:
         """Queue one request for each row."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
-        sampling = SamplingParams(
-            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=0 if logprobs else None
-        )
-        for prompt in prompts.tolist():
-            self._engine.add_request(str(next(self._numbers)), TokensPrompt(prompt_token_ids=prompt), sampling)
+        submit(self._engine, prompts, new_tokens, logprobs=logprobs)
 
     def step(self) -> list[Any]:
         """One step of the engine: a forward, and the outputs that are there."""
@@ -232,6 +225,18 @@ class VllmEngine:
         if not any(row.state == "routed" for row in rows):
             raise RuntimeError(f"turnout routes no layer of this model: {rows}")
         return [str(row) for row in rows]
+
+
+def submit(engine: Any, prompts: torch.Tensor, new_tokens: int, *, logprobs: bool = False) -> None:
+    """Queue one greedy request for each row of prompts [R, P]; their ids count up."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=0 if logprobs else None
+    )
+    for prompt in prompts.tolist():
+        engine.add_request(str(next(_numbers)), TokensPrompt(prompt_token_ids=prompt), sampling)
 
 
 class Runner:

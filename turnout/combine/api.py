@@ -6,10 +6,9 @@ import torch
 
 from turnout.combine import ops as _ops  # registers the operators
 from turnout.contracts import STRUCTURES_DTYPES, WEIGHTS_DTYPES
-from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tensor
+from turnout.impls import FLOAT_DTYPES, Choice, check_grad, check_impl, check_kind, check_tensor
 
 IMPLS = ("reference", "triton", "cpu")
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def combine(

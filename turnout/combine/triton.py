@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turnout.device.launch import launch_kernel, on_device_of
+from turnout.device.launch import launch_kernel, on_device_of, refuse_cpu
 from turnout.device.rounding import narrowed, widened
 
 NUM_WARPS = 4
@@ -73,11 +73,7 @@ def _launch(
     num_experts: int,
     out: torch.Tensor,
 ) -> None:
-    if out.is_cpu and isinstance(_combine_kernel, triton.JITFunction):
-        raise ValueError(
-            "impl='triton' needs expert_out on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
-            "before the first call to run the kernel in Triton's interpreter"
-        )
+    refuse_cpu(_combine_kernel, out, "expert_out")
     (num_tokens, hidden_size), top_k = out.shape, topk_weights.shape[1]
     if num_tokens * top_k * hidden_size == 0:
         out.zero_()

@@ -102,6 +102,23 @@ class _NotesWhatIsRun:
         self.given = arguments
 
 
+def refuse_cpu(kernel: Any, tensor: torch.Tensor, what: str, impl: str = "triton", instead: str = "cpu") -> None:
+    """Refuse a tensor on a CPU for a kernel that is compiled; Triton's interpreter runs there.
+
+    Args:
+        kernel: what ``@triton.jit`` made.
+        tensor: one of the kernel's arguments.
+        what: it holds, for the message.
+        impl: the implementation that the kernel belongs to.
+        instead: one that runs on a CPU.
+    """
+    if tensor.is_cpu and isinstance(kernel, triton.JITFunction):
+        raise ValueError(
+            f"impl={impl!r} needs {what} on a GPU, got a CPU tensor; use impl={instead!r}, or set TRITON_INTERPRET=1 "
+            "before the first call to run the kernel in Triton's interpreter"
+        )
+
+
 def are_of_usual_size(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether Triton has one kernel for tensors like these, as large as they are.
 

@@ -10,7 +10,7 @@ import torch
 from turnout.contracts import IDS_DTYPES, STRUCTURES, STRUCTURES_DTYPES, WEIGHTS_DTYPES, Contract, contracts
 from turnout.experts import ops as _ops  # registers the operators
 from turnout.experts import quantization, tuning
-from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tensor
+from turnout.impls import Choice, check_hidden_states, check_impl, check_kind, check_readable, check_tensor
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
 
@@ -18,7 +18,6 @@ IMPLS = ("reference", "cpu", "triton", "grouped")
 _CONTRACTS = {impl: contracts[f"turnout.experts.{impl}"] for impl in IMPLS}  # a compiler cannot trace the look-up
 _MOST_SLOTS = 2**31 - 1
 _STRUCTURES_DTYPES = {"bitmatrix": (torch.uint32,), "permuted_weights": WEIGHTS_DTYPES}
-HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def experts(
@@ -64,10 +63,9 @@ def experts(
     check_kind("routing", routing, Routing)
     check_kind("spec", spec, ExpertsSpec)
     check_hidden_states(hidden_states)
-    if spec.quantization == "none":
-        check_weights(hidden_states, weights, spec)
-    else:
-        quantization.check_weights(hidden_states, weights, spec)
+    check_readable(hidden_states)
+    check_fit = check_weights if spec.quantization == "none" else quantization.check_weights
+    check_fit(hidden_states, weights, spec)
     check_routing(hidden_states, routing, weights.gate_up_proj.shape[0])
     if impl == "auto":
         sizes = routing.topk_ids.shape[1], weights.gate_up_proj.shape[0]
@@ -120,24 +118,6 @@ def _make_contract(impl: str, block_size: int | None, num_local_experts: int | N
 
 
 _contract = functools.cache(_make_contract)
-
-
-def check_hidden_states(hidden_states: torch.Tensor) -> None:
-    """Refuse hidden states that no implementation reads."""
-    check_kind("hidden_states", hidden_states, torch.Tensor)
-    if hidden_states.dim() != 2:
-        raise ValueError(
-            f"hidden_states must be [T, H], got shape {list(hidden_states.shape)}; flatten leading dimensions with "
-            "hidden_states.view(-1, hidden_states.shape[-1])"
-        )
-    if hidden_states.dtype not in HIDDEN_DTYPES:
-        raise ValueError(f"hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}")
-    if hidden_states.stride(1) != 1 and hidden_states.shape[1] > 1:
-        raise ValueError(
-            f"hidden_states must have contiguous rows, got strides {hidden_states.stride()}; rows may lie apart, "
-            "columns may not: pass hidden_states.contiguous() if the copy is meant"
-        )
-    check_grad("hidden_states", hidden_states)
 
 
 def check_weights(hidden_states: torch.Tensor, weights: ExpertsWeights, spec: ExpertsSpec) -> None:

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turnout.combine import triton as combine
 from turnout.device.activation import activated
-from turnout.device.launch import on_device_of
+from turnout.device.launch import on_device_of, refuse_cpu
 from turnout.device.rounding import narrowed, widened
 from turnout.experts._grouped_blocks import block_map, rows_of
 from turnout.spec import ExpertsSpec
@@ -244,11 +244,7 @@ def _launch(
     rows: int | None,
 ) -> None:
     num_tokens, hidden_size = hidden_states.shape
-    if hidden_states.is_cpu and isinstance(_grouped_gate_up_kernel, triton.JITFunction):
-        raise ValueError(
-            "impl='grouped' needs tokens on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
-            "before the first call to run the kernels in Triton's interpreter"
-        )
+    refuse_cpu(_grouped_gate_up_kernel, hidden_states, "tokens", impl="grouped")
     if num_tokens == 0:
         return
     num_experts, top_k = weights.down_proj.shape[0], routing.topk_ids.shape[1]

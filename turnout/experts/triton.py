@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from turnout.device.activation import activated
-from turnout.device.launch import launch_kernel, on_device_of
+from turnout.device.launch import launch_kernel, on_device_of, refuse_cpu
 from turnout.device.rounding import narrowed, widened
 from turnout.spec import ExpertsSpec
 from turnout.types import ExpertsWeights, Routing
@@ -195,11 +195,7 @@ def launch(
 ) -> None:
     """Run the experts of every token into ``out`` with two launches."""
     num_tokens = hidden_states.shape[0]
-    if hidden_states.is_cpu and isinstance(_experts_gate_up_kernel, triton.JITFunction):
-        raise ValueError(
-            "impl='triton' needs tokens on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
-            "before the first call to run the kernels in Triton's interpreter"
-        )
+    refuse_cpu(_experts_gate_up_kernel, hidden_states, "tokens")
     if num_tokens == 0:
         return
     top_k = routing.topk_ids.shape[1]

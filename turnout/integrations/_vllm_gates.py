@@ -15,11 +15,12 @@ import torch
 
 from turnout.integrations import _vllm_modes as modes
 from turnout.integrations._vllm_report import logger
+from turnout.integrations._vllm_runner import FUSED_MOE, call_after_init
 from turnout.operators import operator
 from turnout.router import ops as router_ops
 from turnout.router.api import FEW_TOKENS
 
-MODULE = "vllm.model_executor.layers.fused_moe.router.gate_linear"
+MODULE = FUSED_MOE + "router.gate_linear"
 # The kernels that vLLM prefers to cuBLAS, by the attributes that say whether this machine and layer may have them.
 _PREFERRED = ("allow_ll_bf16_gemm", "allow_dsv3_router_gemm", "allow_fp32_router_gemm", "allow_bf16x3_router_gemm")
 
@@ -27,21 +28,16 @@ _PREFERRED = ("allow_ll_bf16_gemm", "allow_dsv3_router_gemm", "allow_fp32_router
 def register_gates() -> None:
     """Let the projections that vLLM makes from now on take turnout's launch, where the mode is ``layer``."""
     kind: Any = importlib.import_module(MODULE).GateLinear
-    constructor = kind.__init__
-    if hasattr(constructor, "is_turnout"):
-        return
+    if not hasattr(kind.__init__, "is_turnout"):
+        call_after_init(kind, _bind)
 
-    @functools.wraps(constructor)
-    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        constructor(self, *args, **kwargs)
-        from vllm.config import get_current_vllm_config
 
-        if modes.configured_mode(get_current_vllm_config().additional_config) == "layer":
-            self.forward = types.MethodType(forward, self)
-            _say()
+def _bind(gate: Any) -> None:
+    from vllm.config import get_current_vllm_config
 
-    construct.is_turnout = True  # type: ignore[attr-defined]
-    kind.__init__ = construct
+    if modes.configured_mode(get_current_vllm_config().additional_config) == "layer":
+        gate.forward = types.MethodType(forward, gate)
+        _say()
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from turnout._version import __version__
@@ -99,19 +100,27 @@ def stock_runner() -> Any:
 
 def register_runner() -> None:
     """Bind the runners that vLLM makes from now on. Those of another tool are left alone, which the log says."""
-    stock = stock_runner()
-    constructor = stock.__init__
+    call_after_init(stock_runner(), _bind_or_leave_alone)
+
+
+def call_after_init(kind: Any, then: Callable[[Any], None]) -> None:
+    """Let the constructor of a class of vLLM, which those of its subclasses call, end with a call on what it made."""
+    constructor = kind.__init__
 
     @functools.wraps(constructor)
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
         constructor(self, *args, **kwargs)
-        if type(self).__module__.startswith("vllm."):
-            self.turnout = bind(self)
-        else:
-            _leave_alone(f"{type(self).__module__}.{type(self).__qualname__}")
+        then(self)
 
     construct.is_turnout = True  # type: ignore[attr-defined]
-    stock.__init__ = construct
+    kind.__init__ = construct
+
+
+def _bind_or_leave_alone(runner: Any) -> None:
+    if type(runner).__module__.startswith("vllm."):
+        runner.turnout = bind(runner)
+    else:
+        _leave_alone(f"{type(runner).__module__}.{type(runner).__qualname__}")
 
 
 @functools.cache

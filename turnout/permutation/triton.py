@@ -15,7 +15,7 @@ import triton.language as tl
 
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
-from turnout.device.launch import launch_kernel, on_device_of
+from turnout.device.launch import launch_kernel, on_device_of, refuse_cpu
 from turnout.device.permute import (
     MAX_TILE_SLOTS,
     ROWS,
@@ -351,11 +351,7 @@ def _size_of(expert_map: torch.Tensor | None) -> int:
 
 
 def _check_support(topk_ids: torch.Tensor, num_experts: int) -> None:
-    if topk_ids.is_cpu and isinstance(_permute_kernel, triton.JITFunction):
-        raise ValueError(
-            "impl='triton' needs ids on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
-            "before the first call to run the kernel in Triton's interpreter"
-        )
+    refuse_cpu(_permute_kernel, topk_ids, "ids")
     if num_experts > MAX_KERNEL_EXPERTS:
         raise ValueError(
             f"impl='triton' permutes among at most {MAX_KERNEL_EXPERTS} experts, got {num_experts}; "

@@ -30,18 +30,22 @@ _spec_of = functools.cache(ExpertsSpec.from_key)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def _remap_fake(
-    hidden_states: torch.Tensor,
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    impl: str,
-    expert_map: torch.Tensor | None,
-    hidden_states_scales: torch.Tensor | None,
+def _allocate(
+    hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, *further: Any
 ) -> tuple[torch.Tensor, ...]:
-    return _allocate(hidden_states, topk_ids, num_experts, hidden_states_scales)
+    """Buffers for the results; where there are no scales, theirs has no columns."""
+    (num_tokens, top_k), device, scales = topk_ids.shape, hidden_states.device, further[-1]
+    slots = num_tokens * top_k
+    counts, columns = torch.int32, 0 if scales is None else scales.shape[1]
+    return (
+        torch.empty((slots, hidden_states.shape[1]), dtype=hidden_states.dtype, device=device),
+        torch.empty((num_experts,), dtype=counts, device=device),
+        torch.empty((num_tokens, top_k), dtype=counts, device=device),
+        torch.empty((slots, columns), dtype=hidden_states.dtype if scales is None else scales.dtype, device=device),
+    )
 
 
-@operator(f"turnout::remap({_REMAP_INPUTS}) -> ({_RESULTS})", _remap_fake)
+@operator(f"turnout::remap({_REMAP_INPUTS}) -> ({_RESULTS})", _allocate)
 def remap(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -81,21 +85,6 @@ def _run(impl: str, inputs: tuple[torch.Tensor | None, ...], out: tuple[torch.Te
 
 def _as_integers(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.view(_INTEGERS[tensor.dtype.itemsize])
-
-
-def _allocate(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, scales: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """Buffers for the results; where there are no scales, theirs has no columns."""
-    (num_tokens, top_k), device = topk_ids.shape, hidden_states.device
-    slots = num_tokens * top_k
-    counts, columns = torch.int32, 0 if scales is None else scales.shape[1]
-    return (
-        torch.empty((slots, hidden_states.shape[1]), dtype=hidden_states.dtype, device=device),
-        torch.empty((num_experts,), dtype=counts, device=device),
-        torch.empty((num_tokens, top_k), dtype=counts, device=device),
-        torch.empty((slots, columns), dtype=hidden_states.dtype if scales is None else scales.dtype, device=device),
-    )
 
 
 def _like_rows(rows: torch.Tensor, *_: object) -> torch.Tensor:

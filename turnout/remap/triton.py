@@ -15,7 +15,7 @@ import triton.language as tl
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
 from turnout.device.activation import activated
-from turnout.device.launch import launch_kernel, on_device_of
+from turnout.device.launch import launch_kernel, on_device_of, refuse_cpu
 from turnout.device.rounding import narrowed, widened
 from turnout.permutation import triton as permutation
 from turnout.spec import ExpertsSpec
@@ -255,11 +255,7 @@ def _launch_gemm(
 
 
 def _check_support(tensor: torch.Tensor, num_experts: int) -> None:
-    if tensor.is_cpu and isinstance(_copy_rows_kernel, triton.JITFunction):
-        raise ValueError(
-            "impl='triton' needs tensors on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
-            "before the first call to run the kernels in Triton's interpreter"
-        )
+    refuse_cpu(_copy_rows_kernel, tensor, "tensors")
     if num_experts > MAX_KERNEL_EXPERTS:
         raise ValueError(
             f"impl='triton' takes at most {MAX_KERNEL_EXPERTS} experts, got {num_experts}; use impl='reference'"

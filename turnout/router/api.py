@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turnout.impls import Choice, check_grad, check_impl, check_kind, check_tensor
+from turnout.impls import Choice, check_hidden_states, check_impl, check_kind, check_readable, check_tensor
 from turnout.router import ops as _ops  # registers the operator
 from turnout.router.reference import project_reference
 from turnout.spec import RouterSpec
@@ -12,7 +12,6 @@ from turnout.types import RouterWeights
 
 IMPLS = ("reference", "triton")
 FEW_TOKENS = 16  # up to which one launch takes less time than torch's (benchmarks/results)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def project(
@@ -36,11 +35,7 @@ def project(
     """
     check_kind("router", router, RouterWeights)
     check_kind("spec", spec, RouterSpec)
-    check_kind("hidden_states", hidden_states, torch.Tensor)
-    if hidden_states.dim() != 2:
-        raise ValueError(f"hidden_states must be [T, H], got shape {list(hidden_states.shape)}")
-    if hidden_states.dtype not in DTYPES:
-        raise ValueError(f"hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}")
+    check_hidden_states(hidden_states)
     _check_router(hidden_states, router, spec)
     if impl == "auto":
         impl = choose_impl(hidden_states).impl
@@ -48,9 +43,7 @@ def project(
         check_impl(impl, IMPLS)
     if impl == "reference":
         return project_reference(hidden_states, router, spec)
-    check_grad("hidden_states", hidden_states)
-    if hidden_states.stride(1) != 1:
-        raise ValueError(f"hidden_states must have contiguous rows, got strides {hidden_states.stride()}")
+    check_readable(hidden_states)
     in_float32 = spec.projection_dtype == "float32"
     return _ops.project(hidden_states, router.proj, router.bias, router.scale, spec.input_norm_eps, in_float32)
 

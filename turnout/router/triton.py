@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turnout.device.launch import launch_kernel, on_device_of
+from turnout.device.launch import launch_kernel, on_device_of, refuse_cpu
 from turnout.device.rounding import narrowed, round_to, widened
 
 MAX_COLUMNS = 4096  # that a program holds at a time
@@ -68,11 +68,7 @@ def launch(
     logits: torch.Tensor,
 ) -> None:
     """The logits, [T, E], with one launch."""
-    if hidden_states.is_cpu and isinstance(_project_kernel, triton.JITFunction):
-        raise ValueError(
-            "impl='triton' needs tokens on a GPU, got a CPU tensor; use impl='reference', or set TRITON_INTERPRET=1 "
-            "before the first call to run the kernel in Triton's interpreter"
-        )
+    refuse_cpu(_project_kernel, hidden_states, "tokens", instead="reference")
     num_tokens, hidden_size = hidden_states.shape
     if num_tokens == 0:
         return

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from turnout.contracts import Contract
 from turnout.device import MAX_KERNEL_EXPERTS
-from turnout.device.launch import are_of_usual_size, current_stream, launch_compiled, on_device_of
+from turnout.device.launch import are_of_usual_size, current_stream, launch_compiled, on_device_of, refuse_cpu
 from turnout.device.routing import Recipe, route_rows
 from turnout.device.scores import EXACT
 from turnout.routing.inputs import RoutingTensors
@@ -185,11 +185,7 @@ def recipe_of(
 
 def check_support(router_logits: torch.Tensor, num_experts: int) -> None:
     """Refuse logits that the kernel cannot route."""
-    if router_logits.is_cpu and isinstance(_route_kernel, triton.JITFunction):
-        raise ValueError(
-            "impl='triton' needs logits on a GPU, got a CPU tensor; use impl='cpu', or set TRITON_INTERPRET=1 "
-            "before the first call to run the kernel in Triton's interpreter"
-        )
+    refuse_cpu(_route_kernel, router_logits, "logits")
     if num_experts > MAX_KERNEL_EXPERTS:
         raise ValueError(
             f"impl='triton' routes among at most {MAX_KERNEL_EXPERTS} experts, got {num_experts}; use impl='reference'"
